@@ -1,0 +1,5 @@
+"""`python -m calotype` is `calotype`."""
+
+from calotype.cli.main import main
+
+main()

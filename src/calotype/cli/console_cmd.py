@@ -1,0 +1,101 @@
+"""`calotype console`: the guest's serial console, on this terminal.
+
+A console serves one at a time, so the one who has it holds a lock; QEMU itself would let a second
+one wait for ever without a word.
+"""
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from calotype.cli.output import Settings, common
+
+ESCAPE = b"\x1d"
+"""Ctrl-], as telnet and virsh have it."""
+
+
+@click.command("console")
+@click.argument("name")
+@common
+def command(settings: Settings, name: str) -> None:
+    """Connect to the console of the VM NAME; Ctrl-] ends it.
+
+    Without a terminal, standard input is sent, and what the guest says until input ends is printed.
+    """
+    from calotype.engine import launch  # noqa: PLC0415
+    from calotype.errors import ConflictError  # noqa: PLC0415
+    from calotype.qemu.monitor import open_socket  # noqa: PLC0415
+    from calotype.store.store import Store  # noqa: PLC0415
+
+    store = Store(settings.store_path)
+    record = store.find(name)
+    if launch.is_running(store, record) is None:
+        raise ConflictError(f"the VM {name!r} does not run", f"`calotype start {name}`")
+    folder = store.folder(record.id)
+    with _alone(folder / "console.lock", name):
+        try:
+            guest = open_socket(folder / launch.CONSOLE)
+        except OSError as error:
+            raise ConflictError(
+                f"{name!r} has no console of ours: {error.strerror}",
+                "its command line sends the serial port elsewhere",
+            ) from error
+        with guest, _raw_terminal():
+            _talk(guest, sys.stdin.fileno(), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _alone(path: Path, name: str) -> Iterator[None]:
+    from calotype.errors import ConflictError  # noqa: PLC0415
+
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConflictError(
+                f"the console of {name!r} is in use", "`calotype logs -f` may be enough"
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _raw_terminal() -> Iterator[None]:
+    """Pass every key to the guest, if there is a terminal."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    click.echo("connected; Ctrl-] ends it", err=True)
+    try:
+        tty.setraw(sys.stdin)
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+        click.echo("", err=True)
+
+
+def _talk(guest: socket.socket, keyboard: int, screen: int) -> None:
+    """Carry bytes both ways until either side ends."""
+    is_terminal = os.isatty(keyboard)
+    while True:
+        ready, _, _ = select.select([guest.fileno(), keyboard], [], [])
+        if guest.fileno() in ready:
+            said = guest.recv(1 << 16)
+            if not said:
+                return
+            os.write(screen, said)
+        if keyboard in ready:
+            typed = os.read(keyboard, 1 << 12)
+            if not typed or (is_terminal and ESCAPE in typed):
+                guest.sendall(typed.partition(ESCAPE)[0])
+                return
+            guest.sendall(typed)

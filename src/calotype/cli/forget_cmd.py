@@ -1,0 +1,32 @@
+"""`calotype forget`: take a VM out of the catalogue, and say what stays."""
+
+import click
+
+from calotype.cli.output import Settings, common, say
+
+
+@click.command("forget")
+@click.argument("name")
+@common
+def command(settings: Settings, name: str) -> None:
+    """Forget the VM NAME, which must not run; nothing of it is deleted.
+
+    What is kept is listed: the image with the newest content of each disk, and the snapshots.
+    """
+    from calotype.engine import operations  # noqa: PLC0415
+    from calotype.store.store import Store  # noqa: PLC0415
+
+    record, folder, manifests = operations.forget(Store(settings.store_path), name)
+    disks = {disk.name: disk.active.path for disk in record.disks}
+    told = {
+        "vm": name,
+        "kept": {
+            "folder": str(folder),
+            "active_images": disks,
+            "snapshots": [manifest.id for manifest in manifests],
+        },
+    }
+    lines = [f"forgot {name}; kept:"]
+    lines += [f"  disk {disk}: newest content in {path}" for disk, path in disks.items()]
+    lines += [f"  {len(manifests)} snapshots and the logs: {folder}"]
+    say(settings, told, lines)

@@ -1,0 +1,77 @@
+"""`calotype show`: all there is to say of a VM, or of one of its snapshots."""
+
+import shlex
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from calotype.cli.output import Settings, common, say, size, snapshot_choice
+
+if TYPE_CHECKING:
+    from calotype.model.snapshot import Manifest, StoragePart
+    from calotype.model.vm import VmRecord
+
+
+@click.command("show")
+@click.argument("name")
+@snapshot_choice
+@common
+def command(
+    settings: Settings, name: str, id_prefix: str | None, tag: str | None, latest: bool
+) -> None:
+    """Show the VM NAME, and which image of each disk is the active one; or one of its snapshots."""
+    import msgspec  # noqa: PLC0415
+
+    from calotype.engine.select import select  # noqa: PLC0415
+    from calotype.store.store import Store  # noqa: PLC0415
+
+    store = Store(settings.store_path)
+    record = store.find(name)
+    if id_prefix is None and tag is None and not latest:
+        say(settings, {"vm": msgspec.to_builtins(record)}, list(_vm_lines(record)))
+        return
+    entry = select(store, record, id_prefix=id_prefix, tag=tag, latest=latest)
+    manifest = store.manifest(record.id, entry.id)
+    told = {"snapshot": msgspec.to_builtins(manifest)}
+    say(settings, told, list(_snapshot_lines(manifest)))
+
+
+def _vm_lines(record: "VmRecord") -> Iterator[str]:
+    yield f"{record.name}  ({record.id})"
+    yield f"descends from: {record.parent or 'no snapshot'}"
+    for disk in record.disks:
+        yield f"disk {disk.name}: active image {disk.active.path} ({disk.active.format})"
+        if disk.active != disk.origin:
+            yield f"  the command line names {disk.origin.path}, which is frozen"
+    yield f"started in {record.cwd} with:"
+    yield f"  {shlex.join(record.argv)}"
+
+
+def _snapshot_lines(manifest: "Manifest") -> Iterator[str]:
+    yield f"{manifest.id}  {manifest.tag!r}" if manifest.tag else manifest.id
+    if manifest.description:
+        yield repr(manifest.description)
+    yield f"instant: {manifest.instant}, {manifest.method}, the VM was {manifest.run_state}"
+    yield f"parent: {manifest.parent or 'none'}"
+    state = manifest.machine_state
+    yield f"machine state: {size(manifest.bytes_written) + ', ' + state.type if state else 'none'}"
+    for part in manifest.storage:
+        yield f"disk {part.disk}: {_part_words(part)}"
+    if manifest.topology is not None:
+        topology = manifest.topology
+        yield (
+            f"machine: {topology.machine}, {size(topology.memory_bytes)}, {len(topology.cpus)} CPUs"
+        )
+    if manifest.timings.pause_ms is not None:
+        yield f"pause: {manifest.timings.pause_ms:.1f} ms"
+    for phase, spent_ms in manifest.timings.phases_ms.items():
+        yield f"  {phase}: {spent_ms:.1f} ms"
+    yield f"taken of: {shlex.join(manifest.argv)}"
+
+
+def _part_words(part: "StoragePart") -> str:
+    if part.kind == "skip" or part.image is None:
+        return f"skipped: {part.reason}"
+    inside = f", inside as {part.internal_name}" if part.kind == "internal" else ""
+    return f"{part.kind}, {part.image.path} ({part.image.format}){inside}"

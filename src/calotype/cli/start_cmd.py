@@ -1,0 +1,17 @@
+"""`calotype start`: start a VM that is defined."""
+
+import click
+
+from calotype.cli.output import Settings, common, run_async, say
+
+
+@click.command("start")
+@click.argument("name")
+@common
+def command(settings: Settings, name: str) -> None:
+    """Start the VM NAME from the newest content of its disks."""
+    from calotype.engine import operations  # noqa: PLC0415
+    from calotype.store.store import Store  # noqa: PLC0415
+
+    record = run_async(operations.start(Store(settings.store_path), name))
+    say(settings, {"vm": record.name, "vm_id": record.id}, [f"{record.name} runs"])

@@ -1,0 +1,174 @@
+"""`calotype take`: take a system snapshot of a running VM, or say what that would do."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from calotype.cli.output import Settings, common, is_terminal, run_async, say, size
+
+if TYPE_CHECKING:
+    from calotype.engine.progress import Progress
+    from calotype.model.snapshot import Manifest
+    from calotype.plan.take import TakePlan
+
+_KINDS = ("external", "internal", "skip")
+
+
+@click.command("take")
+@click.argument("name")
+@click.option("--tag", default="", metavar="TAG", help="Your name for it; need not be unique.")
+@click.option("--description", default="", metavar="TEXT", help="Free text, kept with it.")
+@click.option(
+    "--machine-state",
+    type=click.Choice(["external", "none"]),
+    default="external",
+    show_default=True,
+    help="Save RAM and devices in files of their own, or not at all.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "live", "paused"]),
+    default="auto",
+    show_default=True,
+    help="Let the guest run while RAM is saved, or let it stand still; auto is live.",
+)
+@click.option(
+    "--pause-limit",
+    type=click.FloatRange(min=1.0),
+    default=2000.0,
+    show_default=True,
+    metavar="MS",
+    help="Give up, the guest running on, if the pause gets longer.",
+)
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    metavar="NODE=KIND",
+    help="How one disk is snapshotted: external (the default), internal or skip. Repeatable.",
+)
+@click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the new id alone.")
+@common
+def command(
+    settings: Settings,
+    name: str,
+    tag: str,
+    description: str,
+    machine_state: Any,
+    method: Any,
+    pause_limit: float,
+    disks: tuple[str, ...],
+    plan_only: bool,
+    quiet: bool,
+) -> None:
+    """Take a snapshot of the running VM NAME: RAM, devices and disks, all of one instant.
+
+    The guest stands still for milliseconds; its RAM is saved while it runs on.
+    """
+    from calotype.engine import operations  # noqa: PLC0415
+    from calotype.plan.take import TakeRequest  # noqa: PLC0415
+    from calotype.store.store import Store  # noqa: PLC0415
+
+    store = Store(settings.store_path)
+    request = TakeRequest(machine_state, method, pause_limit, _disk_kinds(disks))
+    if plan_only:
+        plan = run_async(operations.plan_only(store, name, request))
+        _say_plan(settings, plan)
+        if plan.blockers:
+            from calotype.errors import BlockedError  # noqa: PLC0415
+
+            raise click.exceptions.Exit(BlockedError.exit_code)
+        return
+    with _bar(quiet or settings.as_json) as progress:
+        manifest = run_async(
+            operations.take(
+                store, name, request, tag=tag, description=description, progress=progress
+            )
+        )
+    _say_taken(settings, manifest, quiet)
+
+
+def _disk_kinds(words: tuple[str, ...]) -> dict[str, Any]:
+    from calotype.errors import RequestError  # noqa: PLC0415
+
+    kinds: dict[str, Any] = {}
+    for word in words:
+        node, _, kind = word.rpartition("=")
+        if not node or kind not in _KINDS:
+            raise RequestError(
+                f"--disk {word!r} is not understood", "write NODE=external, =internal or =skip"
+            )
+        if node in kinds:
+            raise RequestError(f"--disk names {node!r} twice", "name it once")
+        kinds[node] = kind
+    return kinds
+
+
+def _say_plan(settings: Settings, plan: "TakePlan") -> None:
+    import msgspec  # noqa: PLC0415
+
+    say(settings, {"plan": msgspec.to_builtins(plan)}, list(_plan_lines(plan)))
+
+
+def _plan_lines(plan: "TakePlan") -> Iterator[str]:
+    estimate = plan.estimate
+    yield f"machine state: {plan.machine_state}, {plan.method}: {plan.method_reason}"
+    for disk in plan.disks:
+        where = f" -> {disk.overlay}" if disk.overlay else ""
+        yield f"disk {disk.disk}: {disk.kind} ({disk.reason}) {disk.image.path}{where}"
+    yield (
+        f"estimate: pause {estimate.pause_ms:.0f} ms, {size(estimate.bytes)}"
+        f" of {size(estimate.store_free_bytes)} free"
+    )
+    yield "steps: " + ", ".join(type(step).__name__ for step in plan.steps)
+    for warning in plan.warnings:
+        yield f"warning: {warning}"
+    for blocker in plan.blockers:
+        yield f"blocker: {blocker.problem}; what to do: {blocker.remedy}"
+
+
+def _say_taken(settings: Settings, manifest: "Manifest", quiet: bool) -> None:
+    timings = manifest.timings
+    told = {
+        "id": manifest.id,
+        "tag": manifest.tag,
+        "vm": manifest.vm_name,
+        "parent": manifest.parent,
+        "instant": manifest.instant,
+        "pause_ms": timings.pause_ms,
+        "total_ms": timings.total_ms,
+        "bytes": manifest.bytes_written,
+        "parts": {part.disk: part.kind for part in manifest.storage},
+    }
+    pause = "the guest was not stopped" if timings.pause_ms is None else (
+        f"pause {timings.pause_ms:.1f} ms"
+    )  # fmt: skip
+    line = (
+        f"{manifest.id}  {pause}, {size(manifest.bytes_written)} in {timings.total_ms / 1000:.1f} s"
+    )
+    say(settings, told, [manifest.id if quiet else line])
+
+
+@contextlib.contextmanager
+def _bar(quiet: bool) -> Iterator["Progress"]:
+    """A progress bar on standard error, where that is a terminal."""
+    from calotype.engine.progress import silent  # noqa: PLC0415
+
+    if quiet or not is_terminal():
+        yield silent
+        return
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def show(phase: str, done_bytes: int, expected_bytes: int) -> None:
+            total = max(done_bytes, expected_bytes) or None
+            bar.update(task, description=phase, completed=done_bytes, total=total)
+
+        yield show

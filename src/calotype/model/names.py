@@ -1,0 +1,58 @@
+"""Every name that Calotype gives, derived from a snapshot's id by one function each.
+
+A step names everything up front: what undoes it needs the id and nothing that doing it returned.
+A tag, a VM's name and a path are data of the user; no name below holds one, but for the overlay's,
+which stands beside the user's image and so begins with that image's own file name.
+
+An id is 16 lower-case hex digits. QEMU allows 31 characters for a node name.
+"""
+
+import re
+from pathlib import Path
+
+ID_LENGTH = 16
+OURS = "calotype-"
+"""What the names of the nodes, chardevs and fd sets that we add to a QEMU begin with."""
+
+_ID_PREFIX = re.compile(r"[0-9a-f]{1,16}")
+
+
+def is_id_prefix(text: str) -> bool:
+    """Whether *text* can be an id or the beginning of one."""
+    return _ID_PREFIX.fullmatch(text) is not None
+
+
+def overlay_node(snapshot_id: str, disk_index: int) -> str:
+    """The node name of the overlay that a snapshot puts over disk *disk_index*."""
+    return f"{OURS}{snapshot_id}-{disk_index}"
+
+
+def overlay_path(origin: str, snapshot_id: str) -> str:
+    """Where the overlay for the image *origin* goes: beside it, on a path of its own for ever.
+
+    Named after the image that the user knows, not after the overlay below, so that names do not
+    grow with the chain.
+    """
+    return f"{origin}.{snapshot_id}.qcow2"
+
+
+def is_overlay_of(path: str, origin: str) -> bool:
+    """Whether *path* is an overlay that Calotype made for the image *origin*."""
+    name, stem = Path(path).name, Path(origin).name
+    middle = name.removeprefix(f"{stem}.").removesuffix(".qcow2")
+    return len(middle) == ID_LENGTH and name == f"{stem}.{middle}.qcow2" and is_id_prefix(middle)
+
+
+def internal_name(snapshot_id: str) -> str:
+    """The name of an internal storage snapshot in a qcow2's snapshot table."""
+    return f"{OURS}{snapshot_id}"
+
+
+def merge_job(snapshot_id: str, disk_index: int) -> str:
+    """The id of the job that merges an abandoned overlay back into what it stands on."""
+    return f"{OURS}merge-{snapshot_id}-{disk_index}"
+
+
+def state_descriptor(snapshot_id: str) -> str:
+    """What QEMU calls the open file that a machine state goes through."""
+    return f"{OURS}state-{snapshot_id}"

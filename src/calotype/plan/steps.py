@@ -1,0 +1,198 @@
+"""The steps of an operation, as data: one frozen value for each kind of effect.
+
+A step names everything up front (paths, node names, fd sets, job ids), so that undoing it needs
+nothing that doing it returned, and so that a plan can be printed, compared and kept. What each one
+does, and what undoes it, stands in `engine/effects.py`, one entry for each class here.
+"""
+
+from typing import Any
+
+from msgspec import Struct
+
+from calotype.model.vm import Image, Topology
+from calotype.plan.window import WindowMethod
+
+
+class Step(Struct, frozen=True, tag=True):
+    """One effect on the world, with its inverse."""
+
+
+class MakeSnapshotFolder(Step, frozen=True):
+    """Make the folder for a snapshot's own files; without a manifest in it, it is none."""
+
+    snapshot: str
+
+
+class CreateOverlay(Step, frozen=True):
+    """Create an empty qcow2 over *backing*, on a path that never existed before."""
+
+    overlay: str
+    backing: Image
+    size_bytes: int
+
+
+class OpenOverlay(Step, frozen=True):
+    """Open an overlay as a node of the running QEMU, not yet attached to anything."""
+
+    node: str
+    overlay: str
+    cache_direct: bool
+    cache_no_flush: bool
+    detect_zeroes: str
+
+
+class OpenState(Step, frozen=True):
+    """Create the machine state's file, for its owner alone, and hand it to QEMU, opened.
+
+    QEMU is given a descriptor and not a path: it may run as another user, and the store's path
+    may hold what QEMU's URIs give a meaning to.
+    """
+
+    snapshot: str
+    fdset: int
+    """The number of the fd set; 0 where QEMU takes it by name (`getfd`)."""
+
+
+class SetMigration(Step, frozen=True):
+    """Set migration capabilities and parameters; both the old and the new values are named."""
+
+    capabilities: dict[str, bool]
+    capabilities_before: dict[str, bool]
+    parameters: dict[str, int | str | bool]
+    parameters_before: dict[str, int | str | bool]
+
+
+class FlushImages(Step, frozen=True):
+    """Write the images' dirty pages to disk while the guest runs, or `stop` would in the pause."""
+
+    paths: tuple[str, ...]
+
+
+class StorageAction(Struct, frozen=True, tag=True):
+    """What happens to one disk inside the window."""
+
+
+class SwitchToOverlay(StorageAction, frozen=True):
+    """Put an open overlay node over the disk's node: external."""
+
+    node: str
+    overlay_node: str
+    overlay: str
+    base: Image
+    merge_job: str
+
+
+class SnapshotInside(StorageAction, frozen=True):
+    """Make a snapshot inside the disk's own image: internal."""
+
+    node: str
+    name: str
+
+
+class PassInstant(Step, frozen=True):
+    """The paused window: all of it one step, for nobody can undo half of an instant."""
+
+    method: WindowMethod
+    was_running: bool
+    fdset: int
+    actions: tuple[StorageAction, ...]
+    limit_ms: float | None
+    graph_digest: str
+
+
+class RecordNow(Step, frozen=True):
+    """Record which images hold the newest content, and which snapshot they descend from."""
+
+    active: dict[int, Image]
+    active_before: dict[int, Image]
+    parent: str | None
+    parent_before: str | None
+
+
+class AwaitSave(Step, frozen=True):
+    """Wait until the machine state is written; the guest runs."""
+
+    expected_bytes: int
+
+
+class CloseState(Step, frozen=True):
+    """Take the state's file back from QEMU and make it durable."""
+
+    snapshot: str
+    fdset: int
+
+
+class FreezeImages(Step, frozen=True):
+    """Make images read-only and, where possible, immutable: they are a snapshot's content now."""
+
+    modes_before: dict[str, int]
+    """Path -> permission bits."""
+
+
+class Commit(Step, frozen=True):
+    """Write the manifest; its rename is the moment from which the snapshot exists."""
+
+    snapshot: str
+
+
+class ApplyInside(Step, frozen=True):
+    """Go back to an internal snapshot, keeping the present content as another one."""
+
+    image: Image
+    internal_name: str
+    keep_as: str
+    """The name under which the present content is kept inside the image."""
+
+
+class ExtractInside(Step, frozen=True):
+    """Copy an internal snapshot out of an image that must not change, into one of its own."""
+
+    image: Image
+    internal_name: str
+    copy: str
+
+
+class StartQemu(Step, frozen=True):
+    """Start QEMU on *active* images: stopped, and waiting for a machine state or not."""
+
+    active: dict[int, Image]
+    incoming: bool
+    machine: str
+    """The versioned machine type to insist on; "" takes the command line's own."""
+
+
+class CheckTopology(Step, frozen=True):
+    """Compare the machine that QEMU built with the one the snapshot was taken of."""
+
+    expected: Topology
+
+
+class LoadState(Step, frozen=True):
+    """Feed a snapshot's machine state to a QEMU that waits for it."""
+
+    snapshot: str
+    file: str
+
+
+class LetRun(Step, frozen=True):
+    """Let the guest run."""
+
+
+class DiscardImages(Step, frozen=True):
+    """Remove overlays of ours that nothing needs any more; after the commit, never undone."""
+
+    paths: tuple[str, ...]
+    inside: tuple[tuple[Image, str], ...]
+    """Internal snapshots to delete, by the image that holds each and its name."""
+
+
+def qmp_action(action: StorageAction) -> dict[str, Any]:
+    """An action as QEMU's `transaction` takes it (qapi/transaction.json)."""
+    match action:
+        case SwitchToOverlay():
+            data = {"node": action.node, "overlay": action.overlay_node}
+            return {"type": "blockdev-snapshot", "data": data}
+        case SnapshotInside():
+            data = {"device": action.node, "name": action.name}
+            return {"type": "blockdev-snapshot-internal-sync", "data": data}
+    raise TypeError(action)

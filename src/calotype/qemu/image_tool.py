@@ -1,0 +1,72 @@
+"""qemu-img, for images that no QEMU has open: made, gone back in, copied out of.
+
+A path is never parsed: it is given as a JSON description of a node wherever qemu-img would
+otherwise look for a protocol or for commas in it.
+"""
+
+import asyncio
+import json
+from pathlib import Path
+
+from calotype.errors import HostError
+from calotype.model.vm import Image
+
+
+async def create_overlay(overlay: str, backing: Image, size_bytes: int) -> None:
+    """Create an empty qcow2 at *overlay* that stands on *backing*, without opening that.
+
+    Raises:
+        HostError: qemu-img failed, or something is at *overlay* already.
+    """
+    if Path(overlay).exists():
+        raise HostError(
+            f"{overlay} exists already", "it is none of ours: move it away", path=overlay
+        )
+    await _run("create", "-q", "-u", "-f", "qcow2", "-b", backing.path, "-F", backing.format,
+               f"file:{overlay}", str(size_bytes))  # fmt: skip
+    Path(overlay).chmod(Path(backing.path).stat().st_mode & 0o444 | 0o600)
+
+
+async def snapshot_inside(image: Image, name: str) -> None:
+    """Make an internal snapshot called *name* of an image that nobody has open."""
+    await _run("snapshot", "-q", "-c", name, f"file:{image.path}")
+
+
+async def apply_inside(image: Image, name: str) -> None:
+    """Set an image's content to that of its internal snapshot *name*."""
+    await _run("snapshot", "-q", "-a", name, f"file:{image.path}")
+
+
+async def delete_inside(image: Image, name: str) -> None:
+    """Delete an internal snapshot of an image that nobody has open."""
+    await _run("snapshot", "-q", "-d", name, f"file:{image.path}")
+
+
+async def extract_inside(image: Image, name: str, copy: str) -> None:
+    """Copy the content of an internal snapshot into a new qcow2 at *copy*."""
+    node = {"driver": image.format, "file": {"driver": "file", "filename": image.path}}
+    await _run("convert", "-q", "-O", "qcow2", "-l", f"snapshot.name={name}",
+               f"json:{json.dumps(node)}", f"file:{copy}")  # fmt: skip
+
+
+async def _run(*arguments: str) -> str:
+    try:
+        tool = await asyncio.create_subprocess_exec(
+            "qemu-img",
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        raise HostError("qemu-img cannot be started", "install Debian's qemu-utils") from error
+    try:
+        output, said = await tool.communicate()
+    except asyncio.CancelledError:
+        tool.kill()
+        await tool.wait()
+        raise
+    if tool.returncode:
+        text = said.decode(errors="replace").strip()
+        raise HostError(f"qemu-img {arguments[0]} failed: {text}", qemu_img=text)
+    return output.decode()

@@ -1,0 +1,192 @@
+"""One QMP connection to one QEMU, with our errors and with a tap on the wire.
+
+`Monitor` is qemu.qmp's client plus two things it lacks: an error type of ours, raised here once
+and nowhere else, and a *tap* that sees replies and events in the order in which QEMU sent them.
+qemu.qmp hands events and replies to different queues, which is right for most uses and loses the
+one thing that the paused window depends on.
+
+A QEMU monitor serves one client; a second one connects and waits for a greeting for ever. So every
+connection has a deadline, and a VM that we start gets two sockets: *control* for the operation
+that holds the VM's lock, *query* for everybody who only looks.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient
+
+from calotype.errors import ConflictError, HostError, QemuError
+
+GREETING_TIMEOUT_S = 5.0
+REPLY_TIMEOUT_S = 60.0
+"""How long QEMU may be silent: a drain and flush of slow storage fits in, a hang does not."""
+
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+
+Tap = Callable[[Message | None], None]
+"""Called with each message, and with None when the connection is gone."""
+
+
+class CommandRefused(QemuError):  # noqa: N818 - QEMU's answer to a command is no fault of a caller's
+    """QEMU answered a command with an error; its text is in `data`."""
+
+
+class _Client(QMPClient):
+    """qemu.qmp's client, with a tap that sees each message before it is sorted."""
+
+    tap: Tap | None = None
+
+    async def _on_message(self, msg: Message) -> None:
+        if self.tap is not None:
+            self.tap(msg)
+        await super()._on_message(msg)
+
+    async def post(self, message: Message) -> None:
+        """Send a message that has an id and drop the answer: the tap has seen it."""
+        await self._raw(message, assign_id=False)
+
+
+class Monitor:
+    """An open QMP connection; made by `connect`."""
+
+    def __init__(self, client: _Client) -> None:
+        self._client = client
+        self._posted = 0
+
+    async def execute(self, command: str, **arguments: Any) -> Any:
+        """Send a command and wait for its answer; `_` in argument names stands for `-`.
+
+        Raises:
+            CommandRefused: QEMU answered with an error.
+            QemuError: The connection is gone, or QEMU does not answer.
+        """
+        spelled = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return await self.send(command, spelled)
+
+    async def send(self, command: str, arguments: Mapping[str, Any]) -> Any:
+        """Send a command with its arguments spelled as QEMU spells them; see `execute`."""
+        try:
+            async with asyncio.timeout(REPLY_TIMEOUT_S):
+                return await self._client.execute(command, dict(arguments))
+        except ExecuteError as error:
+            text = str(error)
+            raise CommandRefused(f"QEMU refused {command}: {text}", qemu=text) from error
+        except TimeoutError as error:
+            raise QemuError(
+                f"QEMU has not answered {command} for {REPLY_TIMEOUT_S:g} s",
+                "look at its log; a QEMU that hangs is ended by `stop --now`",
+            ) from error
+        except ExecInterruptedError as error:
+            raise QemuError(
+                f"QEMU went away during {command}", "its last words are in `calotype logs`"
+            ) from error
+
+    def post(self, command: str, arguments: Mapping[str, Any]) -> str:
+        """Send a command without waiting; return its id, by which a tap knows the answer."""
+        self._posted += 1
+        message = QMPClient.make_execute_msg(command, dict(arguments))
+        message["id"] = f"window-{self._posted}"
+        asyncio.ensure_future(self._client.post(message)).add_done_callback(self._settle)
+        return str(message["id"])
+
+    def _settle(self, posted: "asyncio.Future[None]") -> None:
+        """A connection that is gone ends the tap's stream, as a message of None."""
+        if posted.exception() is not None and self._client.tap is not None:
+            self._client.tap(None)
+
+    async def add_file(self, descriptor: int, fdset: int, opaque: str) -> None:
+        """Give QEMU an open file as `/dev/fdset/`*fdset* (qapi/misc.json, add-fd)."""
+        self._client.send_fd_scm(descriptor)
+        await self.execute("add-fd", fdset_id=fdset, opaque=opaque)
+
+    async def get_file(self, descriptor: int, name: str) -> None:
+        """Give QEMU an open file under a *name*, as `fd:`*name* (qapi/misc.json, getfd)."""
+        self._client.send_fd_scm(descriptor)
+        await self.execute("getfd", fdname=name)
+
+    @contextlib.contextmanager
+    def tapped(self, tap: Tap) -> Iterator[None]:
+        """While this lasts, *tap* is called with each message, in the order of the wire."""
+        self._client.tap = tap
+        try:
+            yield
+        finally:
+            self._client.tap = None
+
+    async def disconnected(self) -> None:
+        """Wait until QEMU hangs up."""
+        with contextlib.suppress(Exception):
+            while self._client.runstate.name == "RUNNING":
+                await self._client.runstate_changed()
+
+    async def close(self) -> None:
+        """Hang up; never raises, a QEMU that has gone already is what many callers wait for."""
+        with contextlib.suppress(Exception):
+            await self._client.disconnect()
+
+
+def open_socket(path: Path) -> socket.socket:
+    """Connect to the unix socket *path*, however long it is.
+
+    A socket's address holds 107 bytes; a folder held open gives every path a short name.
+    """
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(f"/proc/self/fd/{folder}/{path.name}")
+        except BaseException:
+            connection.close()
+            raise
+    finally:
+        os.close(folder)
+    return connection
+
+
+def listen_socket(path: Path) -> socket.socket:
+    """Listen on the unix socket *path*, however long it is; a dead one in its place is removed."""
+    path.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+        path.chmod(0o600)
+        listener.listen(8)
+    except OSError as error:
+        listener.close()
+        raise HostError(f"cannot listen on {path}: {error.strerror}") from error
+    finally:
+        os.close(folder)
+    return listener
+
+
+@contextlib.asynccontextmanager
+async def connect(path: Path, timeout_s: float = GREETING_TIMEOUT_S) -> AsyncIterator[Monitor]:
+    """Open the QMP connection at *path* for the length of a `with` block.
+
+    Raises:
+        ConflictError: Somebody else is connected to this monitor.
+        QemuError: There is no QEMU behind it, or it hung up.
+    """
+    client = _Client(path.name)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await client.connect(open_socket(path))
+    except TimeoutError as error:
+        raise ConflictError(
+            f"the monitor {path} gave no greeting in {timeout_s:g} s",
+            "another client is connected to it, or QEMU hangs",
+        ) from error
+    except (OSError, ConnectError) as error:
+        raise QemuError(f"no QEMU answers on {path}: {error}") from error
+    monitor = Monitor(client)
+    try:
+        yield monitor
+    finally:
+        await monitor.close()

@@ -1,0 +1,142 @@
+"""QEMU as a process of the host: started apart from us, known by pid and start time.
+
+Source of the fields: proc(5).
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from calotype.errors import HostError
+from calotype.model.vm import Process
+
+_CAP_SYS_PTRACE = 19
+_USERFAULTFD = Path("/dev/userfaultfd")
+
+
+class Memory(NamedTuple):
+    """Resident memory of a process, in bytes, and how much of it is on huge pages."""
+
+    resident_bytes: int
+    huge_bytes: int
+
+
+def spawn(argv: Sequence[str], cwd: str, descriptors: Sequence[int], log: int) -> Process:
+    """Start QEMU in a session of its own, without a terminal.
+
+    Args:
+        argv: Program and arguments.
+        cwd: The folder that relative paths in them start from.
+        descriptors: Open files that it inherits, under the same numbers.
+        log: An open file for what it says on standard output and error.
+
+    Raises:
+        HostError: The program cannot be started.
+    """
+    try:
+        child = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=descriptors,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise HostError(
+            f"cannot start {argv[0]}: {error.strerror}",
+            "is QEMU installed, and is the folder there?",
+        ) from error
+    child.returncode = 0  # it outlives us on purpose; do not warn that nobody waits for it
+    return Process(child.pid, start_ticks(child.pid) or 0)
+
+
+def start_ticks(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot; None where it is gone or a zombie."""
+    with contextlib.suppress(OSError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else int(fields[18])
+    return None
+
+
+def is_alive(qemu: Process) -> bool:
+    """Whether it still is the process that we started."""
+    _reap(qemu.pid)
+    return start_ticks(qemu.pid) == qemu.start_ticks
+
+
+def _reap(pid: int) -> None:
+    """Take a child of ours that has ended off the process table."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def kill(qemu: Process) -> None:
+    """End it at once; one that is gone is no error."""
+    if is_alive(qemu):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(qemu.pid, signal.SIGKILL)
+
+
+async def ended(qemu: Process, timeout_s: float) -> bool:
+    """Wait until it has ended; False where it has not within *timeout_s*."""
+    deadline = time.monotonic() + timeout_s
+    while is_alive(qemu):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.01)
+    return True
+
+
+def memory(pid: int) -> Memory:
+    """How much memory it holds; zeros where the kernel does not tell."""
+    fields: dict[str, int] = {}
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+            name, kib, *_ = line.split()
+            fields[name.rstrip(":")] = int(kib) * 1024
+    return Memory(fields.get("Rss", 0), fields.get("AnonHugePages", 0))
+
+
+def may_protect_memory(pid: int) -> bool:
+    """Whether it may write-protect its own memory with userfaultfd.
+
+    Source: Documentation/admin-guide/mm/userfaultfd.rst, and QEMU's util/userfaultfd.c, which tries
+    /dev/userfaultfd first.
+    """
+    return _has_ptrace(pid) or _everybody_may() or _can_open(pid, _USERFAULTFD)
+
+
+def _has_ptrace(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("CapEff:"):
+                return bool(int(line.split()[1], 16) >> _CAP_SYS_PTRACE & 1)
+    return False
+
+
+def _everybody_may() -> bool:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1"
+    return False
+
+
+def _can_open(pid: int, device: Path) -> bool:
+    """Whether the process's user may open *device*; its groups count, access lists do not."""
+    with contextlib.suppress(OSError):
+        owner, access = Path(f"/proc/{pid}").stat(), device.stat()
+        status = Path(f"/proc/{pid}/status").read_text()
+        groups = next(line for line in status.splitlines() if line.startswith("Groups:"))
+        if owner.st_uid == access.st_uid:
+            return access.st_mode & 0o600 == 0o600  # noqa: PLR2004 - read and write, for the owner
+        if str(access.st_gid) in (*groups.split()[1:], str(owner.st_gid)):
+            return access.st_mode & 0o060 == 0o060  # noqa: PLR2004 - for the group
+        return access.st_mode & 0o006 == 0o006  # noqa: PLR2004 - for the others
+    return False

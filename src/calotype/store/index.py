@@ -1,0 +1,161 @@
+"""The index: what `ps` and `list` need of every VM and snapshot, in one SQLite file.
+
+It is a picture of records and manifests and holds nothing that they do not. It notices by itself
+when it is out of date, for it may lag behind after a crash, or be deleted.
+"""
+
+import contextlib
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from calotype.model.snapshot import Manifest
+from calotype.model.vm import VmRecord
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE vms (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, parent TEXT);
+CREATE TABLE snapshots (
+    id TEXT PRIMARY KEY, vm_id TEXT NOT NULL, parent TEXT, tag TEXT NOT NULL,
+    description TEXT NOT NULL, instant TEXT NOT NULL, method TEXT NOT NULL,
+    run_state TEXT NOT NULL, machine_state TEXT NOT NULL, bytes INTEGER NOT NULL, pause_ms REAL
+);
+CREATE INDEX by_vm ON snapshots (vm_id, instant);
+"""
+
+
+class SnapshotEntry(msgspec.Struct, frozen=True):
+    """What a list says of one snapshot."""
+
+    id: str
+    vm_id: str
+    parent: str | None
+    tag: str
+    description: str
+    instant: str
+    method: str
+    run_state: str
+    machine_state: str
+    bytes: int
+    pause_ms: float | None
+
+
+def entry_of(manifest: Manifest) -> SnapshotEntry:
+    """The entry of a manifest."""
+    return SnapshotEntry(
+        id=manifest.id,
+        vm_id=manifest.vm_id,
+        parent=manifest.parent,
+        tag=manifest.tag,
+        description=manifest.description,
+        instant=manifest.instant,
+        method=manifest.method,
+        run_state=manifest.run_state,
+        machine_state=manifest.machine_state.kind if manifest.machine_state else "none",
+        bytes=manifest.bytes_written,
+        pause_ms=manifest.timings.pause_ms,
+    )
+
+
+class Index:
+    """The index in the file *path*; a file that is no index of this version counts as empty."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._make()
+
+    def _make(self, *, anew: bool = False) -> None:
+        try:
+            with self._open() as database:
+                (version,) = database.execute("PRAGMA user_version").fetchone()
+        except sqlite3.DatabaseError:
+            version = -1
+        if version == SCHEMA_VERSION and not anew:
+            return
+        self._path.unlink(missing_ok=True)
+        with self._open() as database:
+            database.executescript(_SCHEMA)
+            database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._path.chmod(0o600)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        database = sqlite3.connect(self._path, timeout=10)
+        try:
+            with database:
+                yield database
+        finally:
+            database.close()
+
+    def rebuild(self, records: Iterable[VmRecord], manifests: Iterable[Manifest]) -> None:
+        """Make it anew."""
+        self._make(anew=True)
+        with self._open() as database:
+            for record in records:
+                _put_vm(database, record)
+            for manifest in manifests:
+                _put_snapshot(database, manifest)
+
+    def is_current(self, on_disk: tuple[Collection[str], Collection[str]]) -> bool:
+        """Whether it holds just the VMs and snapshots that are *on_disk*, by their ids."""
+        vm_ids, snapshots = on_disk
+        with self._open() as database:
+            known_vms = {row[0] for row in database.execute("SELECT id FROM vms")}
+            known = {row[0] for row in database.execute("SELECT id FROM snapshots")}
+        return known_vms == set(vm_ids) and known == set(snapshots)
+
+    def put_vm(self, record: VmRecord) -> None:
+        """Add or replace a VM."""
+        with self._open() as database:
+            _put_vm(database, record)
+
+    def remove_vm(self, vm_id: str) -> None:
+        """Remove a VM and its snapshots."""
+        with self._open() as database:
+            database.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
+            database.execute("DELETE FROM snapshots WHERE vm_id = ?", (vm_id,))
+
+    def put_snapshot(self, manifest: Manifest) -> None:
+        """Add a snapshot."""
+        with self._open() as database:
+            _put_snapshot(database, manifest)
+
+    def remove_snapshot(self, snapshot: str) -> None:
+        """Remove a snapshot."""
+        with self._open() as database:
+            database.execute("DELETE FROM snapshots WHERE id = ?", (snapshot,))
+
+    def vm_named(self, name: str) -> str | None:
+        """The id of the VM called *name*."""
+        with self._open() as database:
+            row = database.execute("SELECT id FROM vms WHERE name = ?", (name,)).fetchone()
+        return str(row[0]) if row else None
+
+    def vm_ids(self) -> list[str]:
+        """All VMs, by name."""
+        with self._open() as database:
+            return [row[0] for row in database.execute("SELECT id FROM vms ORDER BY name")]
+
+    def snapshots(self, vm_id: str) -> list[SnapshotEntry]:
+        """All snapshots of a VM, oldest first."""
+        columns = ", ".join(SnapshotEntry.__struct_fields__)
+        with self._open() as database:
+            rows = database.execute(
+                f"SELECT {columns} FROM snapshots WHERE vm_id = ? ORDER BY instant, id",  # noqa: S608
+                (vm_id,),
+            ).fetchall()
+        return [SnapshotEntry(*row) for row in rows]
+
+
+def _put_vm(database: sqlite3.Connection, record: VmRecord) -> None:
+    database.execute(
+        "INSERT OR REPLACE INTO vms VALUES (?, ?, ?)", (record.id, record.name, record.parent)
+    )
+
+
+def _put_snapshot(database: sqlite3.Connection, manifest: Manifest) -> None:
+    row = msgspec.structs.astuple(entry_of(manifest))
+    places = ", ".join("?" * len(row))
+    database.execute(f"INSERT OR REPLACE INTO snapshots VALUES ({places})", row)  # noqa: S608

@@ -1,0 +1,1 @@
+"""Instruments for tests, shipped: the witness guest, and a VM of it that Calotype runs."""
