@@ -7,14 +7,16 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from calotype.formats.argv import (
+    Argument,
     CommandLine,
     DiskArgument,
     Endpoints,
@@ -28,6 +30,7 @@ from calotype.formats.argv import (
 )
 from calotype.formats.argv.arity import FLAGS, VALUED
 from calotype.formats.argv.machine import has_default_serial
+from calotype.formats.options import parse
 from calotype.model.vm import Image
 
 pytestmark = pytest.mark.qemu
@@ -37,7 +40,6 @@ PATIENCE_S = 30.0
 QUIET = ("-S", "-accel", "tcg", "-m", "64", "-display", "none", "-nodefaults")
 
 Qmp = Callable[..., Any]
-Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture
@@ -48,61 +50,72 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Start QEMU; whatever becomes of the test, it is ended."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def starter(words: Sequence[str], cwd: Path, *fds: int) -> subprocess.Popen[bytes]:
-        child = subprocess.Popen(
-            words,
+@contextmanager
+def started(command: CommandLine, cwd: Path, *fds: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run QEMU; whatever becomes of the test, it is ended."""
+    with (
+        tempfile.TemporaryFile() as output,
+        subprocess.Popen(
+            command.argv(),
             cwd=cwd,
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        started.append(child)
-        return child
-
-    yield starter
-    for child in started:
-        child.kill()
-        child.communicate()
-
-
-def connect(path: Path, child: subprocess.Popen[bytes]) -> Qmp:
-    """Connect to a monitor of *child*; the function returned gives a command and its answer."""
-    deadline = time.monotonic() + PATIENCE_S
-    monitor = socket.socket(socket.AF_UNIX)
-    while True:
+            stdout=output,
+            stderr=output,
+        ) as child,
+    ):
         try:
-            monitor.connect(str(path))
-        except OSError:
-            assert child.poll() is None, child.communicate()[0].decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        else:
-            break
-    monitor.settimeout(PATIENCE_S)
-    stream = monitor.makefile("rwb")
-    assert "QMP" in json.loads(stream.readline() or child.communicate()[0])
-
-    def command(name: str, **arguments: Any) -> Any:
-        stream.write(json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n")
-        stream.flush()
-        while "event" in (reply := json.loads(stream.readline())):
-            pass
-        return reply["return"]
-
-    command("qmp_capabilities")
-    return command
+            yield child
+        except BaseException as error:
+            output.seek(0)
+            error.add_note(output.read().decode())
+            raise
+        finally:
+            child.kill()
 
 
-def asked(start: Start, folder: Path, command: CommandLine, cwd: Path) -> Qmp:
-    """Start *command* with a monitor of the test's own."""
+@contextmanager
+def connected(path: Path, child: subprocess.Popen[bytes]) -> Iterator[Qmp]:
+    """Connect to a monitor of *child*, and give a function from command to answer."""
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.settimeout(PATIENCE_S)
+        eventually(lambda: connects(monitor, path, child))
+        with monitor.makefile("rwb") as stream:
+            assert "QMP" in json.loads(stream.readline())
+
+            def command(name: str, **arguments: Any) -> Any:
+                stream.write(json.dumps({"execute": name, "arguments": arguments}).encode())
+                stream.flush()
+                while "event" in (reply := json.loads(stream.readline())):
+                    pass
+                return reply["return"]
+
+            command("qmp_capabilities")
+            yield command
+
+
+def connects(monitor: socket.socket, path: Path, child: subprocess.Popen[bytes]) -> bool:
+    assert child.poll() is None
+    with suppress(OSError):
+        monitor.connect(str(path))
+        return True
+    return False
+
+
+def eventually(claim: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not claim():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@contextmanager
+def asked(command: CommandLine, folder: Path, cwd: Path) -> Iterator[Qmp]:
+    """Run *command* with a monitor of the test's own."""
     path = folder / f"{time.monotonic_ns()}.sock"
-    return connect(path, start([*command.argv(), "-qmp", f"unix:{path},server=on,wait=off"], cwd))
+    monitor = Argument("qmp", f"unix:{path},server=on,wait=off")
+    with started(command.having({}, monitor), cwd) as child, connected(path, child) as qmp:
+        yield qmp
 
 
 def line(*words: str) -> CommandLine:
@@ -132,36 +145,54 @@ DISKS: dict[str, tuple[str, ...]] = {
     "drive, blank": ("-drive", "file=sub/../a b.qcow2,index=1,driver=qcow2,l2-cache-size=1M"),
     "drive, raw": ("-drive", "file=a.raw,if=none,id=d0,format=raw,aio=threads", *VIRTIO),
     "drive, dotted": (
-        "-drive", "file.filename=n:x.raw,file.driver=file,file.locking=off,format=raw,if=none,"
-        "id=d0,node-name=n0,detect-zeroes=on", *VIRTIO,
+        "-drive",
+        "file.filename=n:x.raw,file.driver=file,file.locking=off,format=raw,if=none,id=d0",
+        *VIRTIO,
+    ),
+    "drive, node name": (
+        "-drive",
+        "file=a.raw,format=raw,if=none,id=d0,node-name=n0,detect-zeroes=on",
+        *VIRTIO,
     ),
     "drive, read-only": ("-drive", "file=a.raw,if=virtio,readonly=on,format=raw"),
     "inline": (
-        "-blockdev", "qcow2,node-name=d0,discard=unmap,detect-zeroes=unmap,cache.direct=on,"
-        "file.driver=file,file.filename=a,,b.qcow2", *VIRTIO,
+        "-blockdev",
+        "qcow2,node-name=d0,discard=unmap,cache.direct=on,file.driver=file,file.filename=a,,b.qcow2",
+        *VIRTIO,
     ),
     "inline, JSON": (
-        "-blockdev", '{"driver": "qcow2", "node-name": "d0", "cache": {"no-flush": true},'
-        '"file": {"driver": "file", "filename": "a b.qcow2", "aio": "threads"}}', *VIRTIO,
+        "-blockdev",
+        """{"driver": "qcow2", "node-name": "d0", "cache": {"no-flush": true},
+            "file": {"driver": "file", "filename": "a b.qcow2", "aio": "threads"}}""",
+        *VIRTIO,
     ),
     "split": (
-        "-blockdev", "file,node-name=f0,filename=a.raw,cache.direct=on",
-        "-blockdev", "raw,node-name=d0,file=f0,cache.direct=on", *VIRTIO,
+        "-blockdev",
+        "file,node-name=f0,filename=a.raw,cache.direct=on",
+        "-blockdev",
+        "raw,node-name=d0,file=f0,cache.direct=on",
+        *VIRTIO,
     ),
     "split, JSON": (
-        "-blockdev", '{"driver": "file", "node-name": "f0", "filename": "n:x.raw"}',
-        "-blockdev", '{"driver": "raw", "node-name": "d0", "file": "f0"}', *VIRTIO,
+        "-blockdev",
+        '{"driver": "file", "node-name": "f0", "filename": "n:x.raw"}',
+        "-blockdev",
+        '{"driver": "raw", "node-name": "d0", "file": "f0"}',
+        *VIRTIO,
     ),
     "bare": (
-        "-blockdev", "file,node-name=d0,filename=a.raw,aio=threads,locking=off,cache.direct=on,"
-        "auto-read-only=on,discard=unmap,detect-zeroes=unmap", *VIRTIO,
+        "-blockdev",
+        "file,node-name=d0,filename=a.raw,aio=threads,locking=off,cache.direct=on,discard=unmap",
+        *VIRTIO,
     ),
     "bare, JSON": (
-        "-blockdev", '{"driver": "file", "node-name": "d0", "filename": "a.raw",'
-        '"read-only": true}', *VIRTIO,
+        "-blockdev",
+        '{"driver": "file", "node-name": "d0", "filename": "a.raw", "detect-zeroes": "on"}',
+        *VIRTIO,
     ),
+    "bare, read-only": ("-blockdev", "file,node-name=d0,filename=a.raw,read-only=on", *VIRTIO),
     "two": ("-hda", "a.raw", "-blockdev", "file,node-name=d0,filename=n:x.raw", *VIRTIO),
-}  # fmt: skip
+}
 
 
 def shown(qmp: Qmp) -> list[dict[str, Any]]:
@@ -191,14 +222,16 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("words", DISKS.values(), ids=DISKS)
 def test_another_image_changes_nothing_else(
-    start: Start, folder: Path, images: Path, words: tuple[str, ...]
+    folder: Path, images: Path, words: tuple[str, ...]
 ) -> None:
     before = line(*QUIET, "-machine", "q35", *words)
     found = disks(before, str(images))
     overlays = {disk.index: overlay(disk) for disk in found}
     after = with_images(before, overlays)
-    was = shown(asked(start, folder, before, images))
-    become = shown(asked(start, folder, after, Path("/")))
+    with asked(before, folder, images) as qmp:
+        was = shown(qmp)
+    with asked(after, folder, Path("/")) as qmp:
+        become = shown(qmp)
     paths = {str(images / each["image"]["filename"]): each for each in was}
 
     assert {disk.path for disk in found} == {str(Path(path).resolve()) for path in paths}
@@ -216,7 +249,7 @@ def test_another_image_changes_nothing_else(
 def test_every_option_of_this_qemu_is_known_with_its_arity() -> None:
     """QEMU looks through all words before it does anything, and stops at what it does not know."""
     helped = subprocess.run([QEMU, "-help"], check=True, capture_output=True, text=True).stdout
-    named = set(re.findall(r"^(?:-\w+ or )?-([\w-]+)", helped, re.MULTILINE))
+    named = set(re.findall(r"^(?:-\w+ or )?--?(\w[\w-]*)", helped, re.MULTILINE))
     named |= set(re.findall(r"^-\w+/-(\w+)", helped, re.MULTILINE))
     assert len(named) > 100
     assert named <= VALUED | FLAGS
@@ -240,6 +273,16 @@ def test_every_option_of_this_qemu_is_known_with_its_arity() -> None:
 
 
 @pytest.mark.parametrize(
+    "text", [",", ",,", "a,,b", "a,,,,b,", ",,a=b,,c", "guest=a,,,guest=b=,,", "a b,guest=é'"]
+)
+def test_an_option_string_is_split_as_qemu_splits_it(folder: Path, text: str) -> None:
+    command = line("-S", "-machine", "none", "-display", "none", "-nodefaults", "-name", text)
+    with asked(command, folder, folder) as qmp:
+        told = qmp("query-name")
+    assert told.get("name") == dict(parse(text, "guest"))["guest"]
+
+
+@pytest.mark.parametrize(
     "words",
     [
         (),
@@ -251,24 +294,20 @@ def test_every_option_of_this_qemu_is_known_with_its_arity() -> None:
         ("-object", "memory-backend-ram,id=r,size=80M", "-machine", "memory-backend=r"),
     ],
 )
-def test_memory_is_counted_as_qemu_counts_it(
-    start: Start, folder: Path, words: tuple[str, ...]
-) -> None:
+def test_memory_is_counted_as_qemu_counts_it(folder: Path, words: tuple[str, ...]) -> None:
     command = line("-S", "-accel", "tcg", "-display", "none", *words)
-    qmp = asked(start, folder, command, folder)
-    assert qmp("query-memory-size-summary")["base-memory"] == memory_bytes(command)
+    with asked(command, folder, folder) as qmp:
+        told = qmp("query-memory-size-summary")
+    assert told["base-memory"] == memory_bytes(command)
 
 
-def test_the_machine_type_is_exchanged(start: Start, folder: Path) -> None:
-    command = line(*QUIET, "-machine", "accel=tcg,type=q35,smm=off")
-    resolved = next(
-        each["name"]
-        for each in asked(start, folder, command, folder)("query-machines")
-        if each.get("alias") == "q35"
-    )
-    qmp = asked(start, folder, with_machine(command, resolved), folder)
-    assert qmp("qom-get", path="/machine", property="type") == f"{resolved}-machine"
-    assert qmp("qom-get", path="/machine", property="smm") == "off"
+def test_the_machine_type_is_exchanged(folder: Path) -> None:
+    command = line(*QUIET, "-machine", "smm=off,type=q35")
+    with asked(command, folder, folder) as qmp:
+        machines = {each.get("alias"): each["name"] for each in qmp("query-machines")}
+    with asked(with_machine(command, machines["q35"]), folder, folder) as qmp:
+        assert qmp("qom-get", path="/machine", property="type") == f"{machines['q35']}-machine"
+        assert qmp("qom-get", path="/machine", property="smm") == "off"
 
 
 SERIAL = {
@@ -296,82 +335,74 @@ def devices(qmp: Qmp) -> str:
 
 
 class Watched:
-    """A supervised QEMU: its endpoints are listening before it starts."""
+    """What a supervised QEMU inherits: sockets that listen before it starts, and a log."""
 
     def __init__(self, folder: Path) -> None:
-        self.paths = [folder / name for name in ("control", "query", "console")]
-        self.log = folder / "log,of console"
-        self.listeners = [socket.socket(socket.AF_UNIX) for _ in self.paths]
-        for listener, path in zip(self.listeners, self.paths, strict=True):
-            listener.bind(str(path))
-            listener.listen()
-        self.fds = [listener.fileno() for listener in self.listeners]
-        self.endpoints = Endpoints(*self.fds, str(self.log))
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
+        self.console, self.log = self.folder / "console", self.folder / "log,of console"
 
-    def start(self, start: Start, command: CommandLine, cwd: Path) -> tuple[Qmp, Qmp]:
-        child = start(supervised(command, self.endpoints).argv(), cwd, *self.fds)
-        for listener in self.listeners:
-            listener.close()
-        return connect(self.paths[0], child), connect(self.paths[1], child)
+    @contextmanager
+    def running(
+        self, command: CommandLine, change: Callable[[CommandLine], CommandLine] = lambda c: c
+    ) -> Iterator[tuple[Qmp, Qmp]]:
+        """Run *command* under supervision; give its two monitors."""
+        with ExitStack() as stack:
+            sockets = [
+                stack.enter_context(socket.socket(socket.AF_UNIX))
+                for _ in ("control", "query", "console")
+            ]
+            for listener, name in zip(sockets, ("control", "query", "console"), strict=True):
+                listener.bind(str(self.folder / name))
+                listener.listen()
+            control, query, console = (listener.fileno() for listener in sockets)
+            endpoints = Endpoints(control, query, console, str(self.log))
+            watched = change(supervised(command, endpoints))
+            child = stack.enter_context(started(watched, self.folder, control, query, console))
+            for listener in sockets:
+                listener.close()
+            yield (
+                stack.enter_context(connected(self.folder / "control", child)),
+                stack.enter_context(connected(self.folder / "query", child)),
+            )
 
 
 @pytest.mark.parametrize("words", SERIAL.values(), ids=SERIAL)
-def test_supervision_is_invisible_to_the_guest(
-    start: Start, folder: Path, words: tuple[str, ...]
-) -> None:
-    command = line("-S", "-accel", "tcg", "-m", "64", *words)
-    watched = Watched(folder)
-    control, query = watched.start(start, command, folder)
-    alone = asked(start, folder, command, folder)
-    assert devices(control) == devices(alone)
-    assert query("query-status")["running"] is False
-
-    chardevs = {each["label"]: each["filename"] for each in query("query-chardev")}
-    assert "stdio" not in chardevs.values()
-    assert (f"{watched.paths[2]},server=on" in " ".join(chardevs.values())) == has_console(command)
-    if not command.has("serial"):
+def test_supervision_is_invisible_to_the_guest(folder: Path, words: tuple[str, ...]) -> None:
+    command, watched = line("-S", "-accel", "tcg", "-m", "64", *words), Watched(folder)
+    with watched.running(command) as (control, query), asked(command, folder, folder) as alone:
+        assert devices(control) == devices(alone)
+        assert query("query-status")["running"] is False
+        backends = " ".join(each["filename"] for each in query("query-chardev"))
         labels = {each["label"] for each in alone("query-chardev")}
-        assert ("serial0" in labels) == has_default_serial(command)
+    assert "stdio" not in backends
+    assert (f"{watched.console},server=on" in backends) == has_console(command)
+    assert command.has("serial") or ("serial0" in labels) == has_default_serial(command)
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ("-nographic",),
-        ("-nographic", "-serial", "mon:stdio"),
-        ("-machine", "graphics=off", "-display", "none", "-chardev", "stdio,id=c,mux=on")
-        + ("-serial", "chardev:c"),
+        "-nographic",
+        "-nographic -serial mon:stdio",
+        "-M graphics=off -display none -chardev stdio,id=c,mux=on -serial chardev:c",
     ],
 )
-def test_what_the_console_says_is_logged_and_heard(
-    start: Start, folder: Path, words: tuple[str, ...]
-) -> None:
-    watched = Watched(folder)
-    command = line("-accel", "tcg", "-m", "64", *words)
-    control, _ = watched.start(start, command, folder)
-    with socket.socket(socket.AF_UNIX) as console:
-        console.connect(str(watched.paths[2]))
-    deadline = time.monotonic() + PATIENCE_S
-    while b"SeaBIOS" not in watched.log.read_bytes():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert control("query-status")["running"] is True
+def test_what_the_console_says_is_logged(folder: Path, words: str) -> None:
+    """SeaBIOS greets on the serial port of a machine without graphics."""
+    command, watched = line("-accel", "tcg", "-m", "64", *words.split()), Watched(folder)
+    with watched.running(command), socket.socket(socket.AF_UNIX) as console:
+        console.settimeout(PATIENCE_S)
+        console.connect(str(watched.console))
+        eventually(lambda: b"SeaBIOS" in watched.log.read_bytes())
 
 
-def test_a_restored_qemu_waits_for_its_state(start: Start, folder: Path) -> None:
-    watched = Watched(folder)
-    control, _ = watched.start(start, line(*QUIET), folder)
-    second = Watched(Path(tempfile.mkdtemp(dir=folder)))
-    waiting = for_restore(supervised(line(*QUIET), second.endpoints))
-    child = start(waiting.argv(), folder, *second.fds)
-    qmp = connect(second.paths[0], child)
-    assert control("query-status")["status"] == "prelaunch"
-    assert qmp("query-status")["status"] == "inmigrate"
-    uri = f"unix:{folder}/state"
-    qmp("migrate-incoming", uri=uri)
-    control("migrate", uri=uri)
-    deadline = time.monotonic() + PATIENCE_S
-    while qmp("query-status")["status"] == "inmigrate":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert qmp("query-status")["running"] is False
+def test_a_restored_qemu_waits_for_its_state_and_again_when_it_has_it(folder: Path) -> None:
+    uri, command = f"unix:{folder}/state", line(*QUIET[1:])
+    source, target = Watched(folder), Watched(folder)
+    with source.running(command) as (old, _), target.running(command, for_restore) as (new, _):
+        assert old("query-status")["status"] == "running"
+        assert new("query-status")["status"] == "inmigrate"
+        new("migrate-incoming", uri=uri)
+        old("migrate", uri=uri)
+        eventually(lambda: new("query-status")["status"] != "inmigrate")
+        assert new("query-status")["running"] is False

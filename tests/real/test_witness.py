@@ -38,7 +38,7 @@ SECTOR_BYTES = 512
 SLOTS = 64
 PAGE_BYTES = 4096
 RAM_BYTES = 256 << 20
-PATIENCE_S = 60
+PATIENCE_S = 100
 
 SomeFact = TypeVar("SomeFact", bound=Fact)
 

@@ -33,6 +33,7 @@ def command(settings: Settings, name: str) -> None:
     """
     from calotype.engine import launch  # noqa: PLC0415
     from calotype.errors import ConflictError  # noqa: PLC0415
+    from calotype.formats.argv import CommandLine, has_console  # noqa: PLC0415
     from calotype.qemu.monitor import open_socket  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
@@ -40,17 +41,15 @@ def command(settings: Settings, name: str) -> None:
     record = store.find(name)
     if launch.is_running(store, record) is None:
         raise ConflictError(f"the VM {name!r} does not run", f"`calotype start {name}`")
+    if not has_console(CommandLine.parse(record.argv)):
+        raise ConflictError(
+            f"{name!r} has no console of ours",
+            "its command line sends the serial port elsewhere, or has none",
+        )
     folder = store.folder(record.id)
-    with _alone(folder / "console.lock", name):
-        try:
-            guest = open_socket(folder / launch.CONSOLE)
-        except OSError as error:
-            raise ConflictError(
-                f"{name!r} has no console of ours: {error.strerror}",
-                "its command line sends the serial port elsewhere",
-            ) from error
-        with guest, _raw_terminal():
-            _talk(guest, sys.stdin.fileno(), sys.stdout.fileno())
+    alone = _alone(folder / "console.lock", name)
+    with alone, open_socket(folder / launch.CONSOLE) as guest, _raw_terminal():
+        _talk(guest, sys.stdin.fileno(), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

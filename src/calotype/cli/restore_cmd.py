@@ -23,6 +23,11 @@ from calotype.cli.output import Settings, common, run_async, say, snapshot_choic
     is_flag=True,
     help="Do not keep the disks as they are now; there is no way back then.",
 )
+@click.option(
+    "--accept-touched",
+    is_flag=True,
+    help="Go on although a file's mode, owner or name was changed, if nothing else of it was.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print the restored id alone.")
 @common
 def command(
@@ -33,6 +38,7 @@ def command(
     latest: bool,
     run_state: Any,
     discard_current: bool,
+    accept_touched: bool,
     quiet: bool,
 ) -> None:
     """Put the VM NAME, which must not run, back to a snapshot.
@@ -47,7 +53,7 @@ def command(
 
     store = Store(settings.store_path)
     entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
-    request = RestoreRequest(run_state, discard_current)
+    request = RestoreRequest(run_state, discard_current, accept_touched)
     restored = run_async(operations.restore(store, name, entry.id, request))
     plan = restored.plan
     undo = ["calotype", "restore", name, "--id", plan.left_behind]

@@ -212,10 +212,13 @@ def _look_around(
 
 
 def _mismatched(manifest: Manifest, plan: RestorePlan) -> MismatchError:
+    is_touched = all(mismatch.kind == "touched" for mismatch in plan.mismatches)
     return MismatchError(
         f"{manifest.vm_name!r} cannot be restored to {manifest.id}: "
         + "; ".join(mismatch.text for mismatch in plan.mismatches),
-        "put back what is named here; nothing was changed",
+        "if that was you, and you wrote nothing to it, give --accept-touched"
+        if is_touched
+        else "put back what is named here; nothing was changed",
         mismatches=[
             {"kind": mismatch.kind, "subject": mismatch.subject, "text": mismatch.text}
             for mismatch in plan.mismatches

@@ -245,11 +245,15 @@ def _record(restoring: Restoring, active: dict[int, Image], parent: str | None) 
     restoring.store.save(replace(record, disks=disks, parent=parent))
 
 
-async def _discard_images(_: Restoring, step: DiscardImages) -> None:
+async def _discard_images(restoring: Restoring, step: DiscardImages) -> None:
     for path in step.paths:
         Path(path).unlink(missing_ok=True)
     for image, name in step.inside:
-        await image_tool.delete_inside(image, name)
+        if restoring.qemu is None:
+            await image_tool.delete_inside(image, name)
+        else:
+            async with launch.controlling(restoring.store, restoring.record) as monitor:
+                await observe.delete_inside(monitor, image, name)
 
 
 RESTORE_EFFECTS: Effects = {

@@ -117,6 +117,8 @@ async def _remove_overlay(taking: Taking, step: CreateOverlay) -> None:
         raise QemuError(
             f"{step.overlay} holds the guest's newest writes and stays the active image"
         )
+    if step.overlay in {disk.active.path for disk in taking.store.record(taking.record.id).disks}:
+        raise QemuError(f"{step.overlay} stays: it is recorded as the active image")
     Path(step.overlay).unlink(missing_ok=True)
 
 

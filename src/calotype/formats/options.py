@@ -242,6 +242,6 @@ def _error(text: str, position: int, problem: str) -> CommandLineError:
     return CommandLineError(
         f"'{text}': {problem}, at character {position + 1}",
         "write it as QEMU's manual shows it",
-        option=text,
+        text=text,
         position=position,
     )

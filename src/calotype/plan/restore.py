@@ -11,7 +11,7 @@ from typing import Literal
 from msgspec import Struct
 
 from calotype.model import names
-from calotype.model.identity import Identity, differences
+from calotype.model.identity import Difference, Identity, differences
 from calotype.model.snapshot import Manifest, StoragePart
 from calotype.model.vm import DiskRecord, Image, ImageFacts, RunState, VmRecord
 from calotype.plan.steps import (
@@ -38,6 +38,8 @@ class RestoreRequest(Struct, frozen=True):
 
     run_state: Literal["saved", "running", "paused"] = "saved"
     discard_current: bool = False
+    accept_touched: bool = False
+    """Go on although a file's mode, owner or name was changed, if nothing else of it was."""
 
 
 class Found(Struct, frozen=True):
@@ -106,7 +108,11 @@ def plan_restore(
         keeps_left_behind=not request.discard_current,
         run_state=run_state,
         active=active,
-        mismatches=tuple(_mismatches(manifest, record, found)),
+        mismatches=tuple(
+            mismatch
+            for mismatch in _mismatches(manifest, record, found)
+            if not (request.accept_touched and mismatch.kind == "touched")
+        ),
         steps=tuple(
             _steps(manifest, record, found, request, left_behind, run_state, pairs, active)
         ),
@@ -125,8 +131,7 @@ def _mismatches(manifest: Manifest, record: VmRecord, found: Found) -> Iterator[
         file = manifest.machine_state.file
         yield Mismatch("missing", "machine state", f"the machine state's file {file!r} is missing")
     elif manifest.machine_state is not None and found.state is not None:
-        changes = differences(manifest.machine_state.identity, found.state)
-        for change in changes[:1]:
+        for change in _gravest(manifest.machine_state.identity, found.state):
             yield Mismatch(change.change, "machine state", f"the machine state: {change.text}")
 
 
@@ -185,9 +190,15 @@ def _layer_mismatches(
         text = f"disk {part.disk!r}: {layer.path} is the image of disk {owner!r}"
         yield Mismatch("swapped", part.disk, text)
         return
-    for change in differences(layer.identity, now)[:1]:
+    for change in _gravest(layer.identity, now):
         text = f"disk {part.disk!r}: {layer.path}: {change.text}"
         yield Mismatch(change.change, part.disk, text)
+
+
+def _gravest(recorded: Identity, now: Identity) -> tuple[Difference, ...]:
+    """The gravest difference, if any; a new device number alone is none: a boot may give one."""
+    changes = differences(recorded, now)
+    return () if [change.field for change in changes] == ["device"] else changes[:1]
 
 
 def _recorded_as(now: Identity, manifest: Manifest) -> str | None:

@@ -116,6 +116,7 @@ def plan_take(facts: Facts, record: VmRecord, request: TakeRequest, snapshot: st
         estimate=estimate,
         blockers=(
             *_request_blockers(facts, request),
+            *_machine_blockers(facts, record),
             *_storage_blockers(facts, disks),
             *_method_blockers(facts, method, request, estimate),
         ),
@@ -214,6 +215,20 @@ def _request_blockers(facts: Facts, request: TakeRequest) -> Iterator[Blocker]:
             yield Blocker(f"{' and '.join(asked)} are the same disk", "name it once")
     if facts.run_state not in ("running", "paused", "prelaunch", "postmigrate"):
         yield Blocker(f"the VM is in run state {facts.run_state!r}", "wait until it runs")
+
+
+def _machine_blockers(facts: Facts, record: VmRecord) -> Iterator[Blocker]:
+    """What was plugged or unplugged since the start: a restore would build another machine."""
+    if record.topology is None:
+        return
+    for device in sorted(set(facts.topology.devices) ^ set(record.topology.devices)):
+        word = "plugged in" if device in facts.topology.devices else "taken out"
+        yield Blocker(
+            f"the device {device!r} was {word} since the VM was started",
+            "undo that, or start the VM with the device on its command line",
+        )
+    if facts.topology.memory_bytes != record.topology.memory_bytes:
+        yield Blocker("the VM's memory was resized since it was started", "set it back")
 
 
 def _storage_blockers(facts: Facts, disks: tuple[DiskPlan, ...]) -> Iterator[Blocker]:
@@ -388,10 +403,10 @@ def _steps(
             cache_no_flush=disk.cache_no_flush,
             detect_zeroes=disk.detect_zeroes,
         )
+    yield RecordNow(now, before, snapshot, record.parent)
     if has_state:
         yield OpenState(snapshot, fdset)
         yield _set_migration(facts, method)
-    yield RecordNow(now, before, snapshot, record.parent)
     yield FlushImages(tuple(disk.image.path for disk in facts.disks if disk.is_regular_file))
     yield PassInstant(
         method=method,

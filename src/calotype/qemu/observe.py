@@ -86,6 +86,14 @@ async def active_paths(monitor: Monitor) -> set[str]:
     return {files[_root(backend)] for backend in blocks.backends if backend.get("inserted")}
 
 
+async def delete_inside(monitor: Monitor, image: Image, name: str) -> None:
+    """Delete the internal snapshot *name* of an image that QEMU has open."""
+    blocks = await _blocks(monitor)
+    for node, path in _files(blocks).items():
+        if path == image.path and node in {_root(backend) for backend in blocks.backends}:
+            await monitor.execute("blockdev-snapshot-delete-internal-sync", device=node, name=name)
+
+
 async def observe_topology(monitor: Monitor) -> Topology:
     """What the guest sees of its machine, and what a machine state must match."""
     machine = await monitor.execute("qom-get", path="/machine", property="type")

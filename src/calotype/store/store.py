@@ -106,6 +106,7 @@ class Store:
     def make_vm_folder(self, vm_id: str) -> None:
         """Make the folder for a VM; one that is there is no error."""
         make_private_directory(self.folder(vm_id))
+        make_private_directory(self.folder(vm_id) / "snapshots")
 
     def save(self, record: VmRecord) -> None:
         """Keep a record, in place of the one before."""
@@ -174,7 +175,6 @@ class Store:
 
     def make_snapshot_folder(self, vm_id: str, snapshot: str) -> None:
         """Make the folder for a snapshot's own files."""
-        make_private_directory(self.folder(vm_id) / "snapshots")
         make_private_directory(self.snapshot_folder(vm_id, snapshot))
 
     def remove_snapshot_folder(self, vm_id: str, snapshot: str) -> None:

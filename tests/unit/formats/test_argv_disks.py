@@ -106,9 +106,10 @@ ONE_DISK: dict[str, tuple[tuple[str, ...], DiskArgument]] = {
     ),
     "read-only chain": (
         (
-            "-blockdev", "file,node-name=f0,filename=base",
-            "-blockdev", "raw,node-name=b0,file=f0,read-only=on",
-            "-blockdev", "qcow2,node-name=d,read-only=on,backing=b0,file.driver=file,file.filename=a",
+            "-blockdev", "file,node-name=f,filename=base",
+            "-blockdev", "file,node-name=g,filename=a",
+            "-blockdev", "raw,node-name=b,file=f,read-only=on",
+            "-blockdev", "qcow2,node-name=d,read-only=on,backing=b,file=g",
         ),
         disk("/vm/a", "qcow2", name="d", ro=True, interface="none"),
     ),
@@ -165,6 +166,8 @@ REFUSED = [
     (drive("file=a,format=vmdk"), "driver 'vmdk'"),
     (drive("file=a,driver=luks"), "driver 'luks'"),
     (drive("driver=file,filename=a,file=b"), "driver 'file'"),
+    (drive("driver=quorum,children.0=x"), "driver 'quorum'"),
+    (drive("driver=nvme,device=0000:01:00.0,namespace=1"), "driver 'nvme'"),
     (drive("file.driver=nbd,file.host=h,file.port=1"), "driver 'nbd'"),
     (drive("file.driver=blkdebug,file.image.filename=a"), "driver 'blkdebug'"),
     (drive("file=a,snapshot=on"), "snapshot: the disk's writes"),

@@ -58,7 +58,7 @@ def test_an_option_string_is_read_as_qemu_reads_it(
 def test_a_missing_name_is_an_error_with_its_position(text: str, position: int) -> None:
     with pytest.raises(CommandLineError) as caught:
         options.parse(text)
-    assert caught.value.data == {"option": text, "position": position}
+    assert caught.value.data == {"text": text, "position": position}
     assert text in str(caught.value)
 
 
@@ -136,7 +136,7 @@ def test_what_keyval_does_not_allow_is_an_error_with_its_position(
 ) -> None:
     with pytest.raises(CommandLineError, match=problem) as caught:
         options.parse_nested(text)
-    assert caught.value.data == {"option": text, "position": position}
+    assert caught.value.data == {"text": text, "position": position}
 
 
 @given(TREES)

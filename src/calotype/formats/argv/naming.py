@@ -106,10 +106,9 @@ def drive_options(argument: Argument) -> dict[str, Any]:
 def _drive(argument: Argument, place: int) -> Naming | None:
     options = drive_options(argument)
     driver = text_of(options.get("driver", options.get("format")))
-    if driver in block.NULLS or not any(key.partition(".")[0] == "file" for key in options):
+    if driver in block.NULLS:
         return None
-    if driver:
-        block.check_driver(argument, driver, _FORMATS)
+    block.check_driver(argument, driver or "raw", _FORMATS)
     block.check_driver(argument, text_of(options.get("file.driver", "file")), block.PROTOCOLS)
     key = "file" if options.get("file") else "file.filename"
     return Naming(place, options, place, options, key) if options.get(key) else None

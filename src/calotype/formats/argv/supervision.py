@@ -7,7 +7,8 @@ that is added stands at the end; the user's words stay in their order.
 **The console** is what the user would have seen in the terminal. QEMU lets one thing use it: a
 -serial stdio, or a -chardev of type stdio, or by default the first serial port, if there is one.
 That thing gets the socket, and what it says is appended to a log. A serial port that goes elsewhere
-stays there, and then there is no console.
+stays there, and then there is no console. A monitor on stdio is dropped, also the one of mon:stdio;
+a -chardev with mux=on keeps it.
 
 **-nographic** stays as it is. To the guest it is a machine without graphics; for the rest it only
 gives defaults to the serial port, the parallel port and the monitor (system/vl.c,

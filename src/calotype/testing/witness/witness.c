@@ -372,7 +372,7 @@ int main(void)
 
     make_console_raw();
     read_line("/proc/sys/kernel/random/boot_id", boot_id, sizeof boot_id);
-    say("BOOT id=%s", boot_id);
+    say("\nBOOT id=%s", boot_id); /* a reset may have cut a line in two */
 
     read_line("/proc/cmdline", words, sizeof words);
     for (char *word = strtok_r(words, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
