@@ -125,7 +125,10 @@ DAMAGES: list[tuple[Damage, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "kind", "words"), DAMAGES, ids=lambda value: str(value)[:40])
+DAMAGE_NAMES = [damage.__name__ for damage, _, _ in DAMAGES]
+
+
+@pytest.mark.parametrize(("damage", "kind", "words"), DAMAGES, ids=DAMAGE_NAMES)
 def test_a_difference_is_named_and_nothing_is_changed(
     machine: Machine, damage: Damage, kind: str, words: str
 ) -> None:
