@@ -154,7 +154,7 @@ def test_a_touched_image_is_accepted_on_request_and_a_written_one_is_not(machine
     assert machine.calotype(*words, "--accept-touched")["run_state"] == "running"
     machine.stop()
     write(machine)
-    with pytest.raises(CommandFailed, match="was written"):
+    with pytest.raises(CommandFailed, match="instead of 196616"):
         machine.calotype(*words, "--accept-touched")
 
 

@@ -66,7 +66,7 @@ async def _undo(
             continue
         try:
             await revert(world, step)
-        except Exception as failure:  # noqa: BLE001 - whatever it is, the rest is undone too
+        except (Exception, asyncio.CancelledError) as failure:  # noqa: BLE001 - the rest is undone
             error.add_note(f"undoing {type(step).__name__} failed: {failure}")
 
 

@@ -203,10 +203,11 @@ def _look_around(
         state=images.identify(state_path, "raw") if state and state_path.exists() else None,
         modes={path: images.mode(Path(path)) for path in active if Path(path).exists()},
         kept_paths=frozenset(
-            layer.path
+            path
             for other in store.manifests(record.id)
             for part in other.storage
-            for layer in part.layers
+            for path in (*(layer.path for layer in part.layers), part.image and part.image.path)
+            if path
         ),
     )
 

@@ -110,7 +110,7 @@ def plan_restore(
         active=active,
         mismatches=tuple(
             mismatch
-            for mismatch in _mismatches(manifest, record, found)
+            for mismatch in _mismatches(manifest, record, found, request)
             if not (request.accept_touched and mismatch.kind == "touched")
         ),
         steps=tuple(
@@ -122,11 +122,17 @@ def plan_restore(
 # --- preflight -----------------------------------------------------------------------------------
 
 
-def _mismatches(manifest: Manifest, record: VmRecord, found: Found) -> Iterator[Mismatch]:
+def _mismatches(
+    manifest: Manifest, record: VmRecord, found: Found, request: RestoreRequest
+) -> Iterator[Mismatch]:
     yield from _definition_mismatches(manifest.definition, found.definition)
     yield from _disk_set_mismatches(manifest, record)
     for part in manifest.storage:
         yield from _part_mismatches(part, manifest, found)
+    for disk in record.disks:
+        if disk.active.path not in found.modes and not request.discard_current:
+            text = f"disk {disk.name!r}: its newest image {disk.active.path} is missing"
+            yield Mismatch("missing", disk.name, f"{text} (--discard-current does without it)")
     if manifest.machine_state is not None and found.state is None:
         file = manifest.machine_state.file
         yield Mismatch("missing", "machine state", f"the machine state's file {file!r} is missing")
@@ -158,9 +164,9 @@ def _disk_set_mismatches(manifest: Manifest, record: VmRecord) -> Iterator[Misma
     for path in sorted(now.keys() - then.keys()):
         text = f"disk {now[path]!r} ({path}) was not there when the snapshot was taken"
         yield Mismatch("extra", now[path], text)
-    order = [part.origin.path for part in manifest.storage]
-    present = [disk.origin.path for disk in record.disks]
-    if order != present and sorted(order) == sorted(present):
+    order = [(part.index, part.origin.path) for part in manifest.storage]
+    present = [(disk.index, disk.origin.path) for disk in record.disks]
+    if order != present and then.keys() == now.keys():
         yield Mismatch("swapped", "disks", "the disks are the same, but in another order")
 
 
@@ -246,7 +252,7 @@ def _steps(
     left = {before[index].path for index in active if active[index] != before[index]}
     if not request.discard_current:
         yield MakeSnapshotFolder(left_behind)
-        yield FreezeImages({path: found.modes[path] for path in sorted(left)})
+        yield FreezeImages({path: found.modes.get(path, 0) for path in sorted(left)})
         yield Commit(left_behind)
     yield RecordNow(active, before, manifest.id, record.parent)
     if run_state == "running":

@@ -117,7 +117,7 @@ def plan_take(facts: Facts, record: VmRecord, request: TakeRequest, snapshot: st
         blockers=(
             *_request_blockers(facts, request),
             *_machine_blockers(facts, record),
-            *_storage_blockers(facts, disks),
+            *_storage_blockers(facts, record, disks),
             *_method_blockers(facts, method, request, estimate),
         ),
         warnings=tuple(_warnings(facts, disks, method)),
@@ -231,7 +231,9 @@ def _machine_blockers(facts: Facts, record: VmRecord) -> Iterator[Blocker]:
         yield Blocker("the VM's memory was resized since it was started", "set it back")
 
 
-def _storage_blockers(facts: Facts, disks: tuple[DiskPlan, ...]) -> Iterator[Blocker]:
+def _storage_blockers(
+    facts: Facts, record: VmRecord, disks: tuple[DiskPlan, ...]
+) -> Iterator[Blocker]:
     for stray in facts.strays:
         yield Blocker(stray, "take it out of the VM, or start the VM without it")
     for job in facts.block_jobs:
@@ -243,6 +245,12 @@ def _storage_blockers(facts: Facts, disks: tuple[DiskPlan, ...]) -> Iterator[Blo
             "remove the bitmap (block-dirty-bitmap-remove) and take it up after the snapshot",
         )
     planned = {plan.index: plan for plan in disks}
+    for record_disk in record.disks:
+        if record_disk.index not in planned:
+            yield Blocker(
+                f"QEMU does not show the disk {record_disk.name!r} ({record_disk.active.path})",
+                "plug it in again, or start the VM anew",
+            )
     for disk in facts.disks:
         yield from _disk_blockers(disk, planned[disk.index].kind)
     if all(plan.kind == "skip" for plan in disks) and facts.disks:

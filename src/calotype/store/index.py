@@ -101,9 +101,12 @@ class Index:
     def is_current(self, on_disk: tuple[Collection[str], Collection[str]]) -> bool:
         """Whether it holds just the VMs and snapshots that are *on_disk*, by their ids."""
         vm_ids, snapshots = on_disk
-        with self._open() as database:
-            known_vms = {row[0] for row in database.execute("SELECT id FROM vms")}
-            known = {row[0] for row in database.execute("SELECT id FROM snapshots")}
+        try:
+            with self._open() as database:
+                known_vms = {row[0] for row in database.execute("SELECT id FROM vms")}
+                known = {row[0] for row in database.execute("SELECT id FROM snapshots")}
+        except sqlite3.DatabaseError:
+            return False
         return known_vms == set(vm_ids) and known == set(snapshots)
 
     def put_vm(self, record: VmRecord) -> None:

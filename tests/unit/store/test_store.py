@@ -33,7 +33,7 @@ NAMES = [
     '"quoted"',
     "'; DROP TABLE vms; --",
     "%s {0} $HOME `id`",
-    "Grüße-☃-𝕏",
+    "Grüße-☃",
     "e\u0301",
     "%",
 ]
@@ -87,7 +87,7 @@ def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
     kept(store)
     after = kept(store, make_record(parent=SNAPSHOT, disks=()))
     assert store.find("web") == after
-    assert paths(store.folder(VM_ID)) == {"record.json"}
+    assert paths(store.folder(VM_ID)) == {"record.json", "snapshots"}
 
 
 def test_vms_are_listed_by_name(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_undoing_is_right_for_what_never_happened(tmp_path: Path) -> None:
     for _ in range(2):
         store.revoke(VM_ID, OTHER)
         store.remove_snapshot_folder(VM_ID, OTHER)
-    assert paths(tmp_path) - before == {f"vms/{VM_ID}/snapshots"}
+    assert paths(tmp_path) == before
 
 
 def test_snapshots_are_oldest_first(tmp_path: Path) -> None:
@@ -309,9 +309,6 @@ def listed(root: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> bytes:
             pytest.param(
                 damage,
                 id=name,
-                marks=pytest.mark.xfail(
-                    raises=sqlite3.DatabaseError, strict=True, reason="is not made anew"
-                ),
             )
             for name, damage in UNSOUND.items()
         ),
