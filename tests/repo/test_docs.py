@@ -38,7 +38,7 @@ def test_every_family_has_its_row() -> None:
 
 
 def test_the_tables_of_the_window_are_those_of_the_code() -> None:
-    script = [sys.executable, ROOT / "scripts" / "draw-window"]
+    script = [sys.executable, str(ROOT / "scripts" / "draw-window")]
     drawn = subprocess.run(script, check=True, capture_output=True, text=True).stdout
     assert page("docs/consistency.md").endswith(drawn.rstrip("\n") + "\n")
 
