@@ -1,6 +1,6 @@
 """`calotype list`: the snapshots of each VM as a tree, with where it stands now."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -53,20 +53,30 @@ def draw(record: "VmRecord", entries: "Sequence[SnapshotEntry]") -> list[str]:
     for entry in entries:
         children.setdefault(entry.parent if entry.parent in known else None, []).append(entry)
     children.setdefault(record.parent if record.parent in known else None, []).append(None)
-    return _branch(children, None, "")
+    return list(_lines(children))
 
 
-def _branch(
-    children: "Mapping[str | None, Sequence[SnapshotEntry | None]]", parent: str | None, indent: str
-) -> list[str]:
-    lines = []
-    siblings = children.get(parent, [])
-    for place, entry in enumerate(siblings):
-        is_last = place == len(siblings) - 1
-        lines.append(f"{indent}{'└── ' if is_last else '├── '}{_label(entry)}")
+def _lines(children: "Mapping[str | None, Sequence[SnapshotEntry | None]]") -> Iterator[str]:
+    """Draw depth first, without recursion: a chain of snapshots may be thousands long."""
+    open_branches = [("", iter(_marked(children.get(None, []))))]
+    while open_branches:
+        indent, siblings = open_branches[-1]
+        following = next(siblings, None)
+        if following is None:
+            open_branches.pop()
+            continue
+        entry, is_last = following
+        yield f"{indent}{'└── ' if is_last else '├── '}{_label(entry)}"
         if entry is not None:
-            lines += _branch(children, entry.id, indent + ("    " if is_last else "│   "))
-    return lines
+            deeper = indent + ("    " if is_last else "│   ")
+            open_branches.append((deeper, iter(_marked(children.get(entry.id, [])))))
+
+
+def _marked(
+    siblings: "Sequence[SnapshotEntry | None]",
+) -> "list[tuple[SnapshotEntry | None, bool]]":
+    """Each sibling, and whether it is the last."""
+    return [(entry, place == len(siblings) - 1) for place, entry in enumerate(siblings)]
 
 
 def _label(entry: "SnapshotEntry | None") -> str:

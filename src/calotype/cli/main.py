@@ -12,7 +12,7 @@ import click
 
 from calotype import __version__
 from calotype.cli.output import report_error
-from calotype.errors import CalotypeError
+from calotype.errors import CalotypeError, RequestError
 
 COMMANDS = (
     "run", "ps", "start", "stop", "forget", "console", "logs",
@@ -61,9 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(report_error(error, words))
     except click.exceptions.Abort:
         sys.exit(130)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(141)
+    except click.ClickException as error:
+        wrong = RequestError(error.format_message(), "see `calotype --help`")
+        sys.exit(report_error(wrong, words))
     sys.exit(result if isinstance(result, int) else 0)

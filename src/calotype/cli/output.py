@@ -33,9 +33,7 @@ class Settings(NamedTuple):
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command `--store` and `--json`, as the one argument `settings`."""
 
-    @click.option(
-        "--store", metavar="DIR", envvar="CALOTYPE_STORE", help="Where everything is kept."
-    )
+    @click.option("--store", metavar="DIR", help="Where everything is kept.")
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
     @click.pass_context
     def wrapped(context: click.Context, /, store: str | None, as_json: bool, **rest: Any) -> Any:

@@ -131,7 +131,9 @@ class Index:
             database.execute("DELETE FROM snapshots WHERE id = ?", (snapshot,))
 
     def vm_named(self, name: str) -> str | None:
-        """The id of the VM called *name*."""
+        """The id of the VM called *name*; bytes that are no text name none."""
+        if not _is_text(name):
+            return None
         with self._open() as database:
             row = database.execute("SELECT id FROM vms WHERE name = ?", (name,)).fetchone()
         return str(row[0]) if row else None
@@ -150,6 +152,11 @@ class Index:
                 (vm_id,),
             ).fetchall()
         return [SnapshotEntry(*row) for row in rows]
+
+
+def _is_text(name: str) -> bool:
+    """Whether SQLite can hold it: an argument that is not UTF-8 reaches Python as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _put_vm(database: sqlite3.Connection, record: VmRecord) -> None:

@@ -6,7 +6,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +337,39 @@ def test_an_index_that_is_current_is_left_alone(tmp_path: Path) -> None:
 
 def test_making_the_index_anew_counts_the_snapshots(tmp_path: Path) -> None:
     assert filled(tmp_path).rebuild_index() == 3
+
+
+@pytest.mark.xfail(raises=sqlite3.OperationalError, reason="an index in use is removed")
+def test_a_new_store_may_be_opened_by_several_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        for attempt in range(10):
+            opened = [threads.submit(Store, tmp_path / str(attempt)) for _ in range(4)]
+            assert [each.result().records() for each in opened] == [[]] * 4
+
+
+@pytest.mark.xfail(raises=sqlite3.OperationalError, reason="an index in use is removed")
+def test_snapshots_can_be_kept_while_others_look(tmp_path: Path) -> None:
+    """Whoever looks between a manifest's rename and its entry makes the index anew meanwhile."""
+    store = Store(tmp_path)
+    kept(store)
+    is_done = threading.Event()
+
+    def look() -> int:
+        looks = 0
+        while not is_done.is_set():
+            Store(tmp_path).index.snapshots(VM_ID)
+            looks += 1
+        return looks
+
+    with ThreadPoolExecutor(1) as threads:
+        looking = threads.submit(look)
+        try:
+            for number in range(100):
+                take(store, f"{number:016x}")
+        finally:
+            is_done.set()
+        assert looking.result() > 0
+    assert len(Store(tmp_path).index.snapshots(VM_ID)) == 100
 
 
 # --- files that are not what they should be -------------------------------------------------------

@@ -1,0 +1,692 @@
+"""The commands as a user and a program meet them: words, one JSON object, exit codes."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from msgspec.structs import replace
+
+from builders import (
+    OTHER,
+    SNAPSHOT,
+    VM_ID,
+    disk_path,
+    make_disk_record,
+    make_facts,
+    make_manifest,
+    make_part,
+    make_record,
+)
+from calotype.cli.list_cmd import draw
+from calotype.cli.main import COMMANDS, main
+from calotype.cli.output import report_error, run_async, size
+from calotype.engine import operations
+from calotype.errors import FAMILIES, CalotypeError, InterruptError, QemuError
+from calotype.model.snapshot import Manifest, Timings
+from calotype.model.vm import Image, VmRecord
+from calotype.plan.take import TakePlan, TakeRequest, plan_take
+from calotype.store.index import SnapshotEntry, entry_of
+from calotype.store.store import Store
+
+
+class Said(NamedTuple):
+    """What one call of the command said."""
+
+    code: object
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one object on standard output."""
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)
+
+
+Calotype = Callable[..., Said]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the store is, named by the environment."""
+    monkeypatch.setenv("CALOTYPE_STORE", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def calotype(root: Path, capsys: pytest.CaptureFixture[str]) -> Calotype:
+    def call(*words: str) -> Said:
+        assert root.name == "store"
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(list(words))
+        return Said(caught.value.code, *capsys.readouterr())
+
+    return call
+
+
+def keep(root: Path, record: VmRecord | None = None, *manifests: Manifest) -> VmRecord:
+    """Put a VM that does not run, and its snapshots, into the store."""
+    store, record = Store(root), record or make_record()
+    store.make_vm_folder(record.id)
+    store.save(record)
+    for manifest in manifests:
+        store.make_snapshot_folder(record.id, manifest.id)
+        store.commit(manifest)
+    return record
+
+
+# --- what all commands have -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_explains_itself(calotype: Calotype, name: str, flag: str) -> None:
+    said = calotype(name, flag)
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith(f"Usage: calotype {name} ")
+    assert "--store DIR" in said.out
+    assert "--json" in said.out
+
+
+@pytest.mark.parametrize("words", [("--help",), ("-h",), ()])
+def test_the_commands_are_listed_in_the_order_in_which_a_user_meets_them(
+    calotype: Calotype, words: tuple[str, ...]
+) -> None:
+    said = calotype(*words)
+    listed = (said.out + said.err).partition("Commands:\n")[2]
+    assert [line.split()[0] for line in listed.splitlines()] == list(COMMANDS)
+
+
+def test_the_version_is_told(calotype: Calotype) -> None:
+    assert calotype("--version").out.startswith("calotype, version ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("nosuch",),
+        ("take",),
+        ("take", "web", "--nosuch"),
+        ("take", "web", "--machine-state", "some"),
+        ("take", "web", "--method", "quick"),
+        ("take", "web", "--pause-limit", "0"),
+        ("take", "-x"),
+        ("restore", "web", "--run-state", "off"),
+        ("list", "one", "two"),
+        ("doctor",),
+        ("stop", "web", "--timeout", "soon"),
+    ],
+)
+def test_words_that_are_wrong_are_exit_code_2(calotype: Calotype, words: tuple[str, ...]) -> None:
+    said = calotype(*words)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("calotype: ")
+
+
+@pytest.mark.parametrize("words", [("take", "--json"), ("list", "--json", "--nosuch")])
+def test_words_that_are_wrong_are_told_as_json_too(
+    calotype: Calotype, words: tuple[str, ...]
+) -> None:
+    said = calotype(*words)
+    assert said.code == 2
+    assert said.out
+    assert said.json["error"]["family"] == "request"
+
+
+@pytest.mark.parametrize("name", ["start", "stop", "forget", "logs", "take", "list", "show"])
+@pytest.mark.parametrize("vm", ["nosuch", "-x", "--json", "a/b", "it's"])
+def test_a_vm_that_is_not_there_is_exit_code_3_whatever_it_is_called(
+    calotype: Calotype, name: str, vm: str
+) -> None:
+    said = calotype(name, "--", vm)
+    assert (said.code, said.out) == (3, "")
+    assert said.err.splitlines() == [
+        f"calotype: there is no VM called {vm!r}",
+        "calotype: what to do: see `calotype ps`",
+    ]
+
+
+def test_a_name_that_is_no_text_is_not_found_either(calotype: Calotype) -> None:
+    """A byte that is not UTF-8 reaches Python as a lone surrogate."""
+    assert calotype("show", "\udcff").code in (2, 3)
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a\nb", "\x1b[31m", "\x00", "\udcff"])
+def test_what_cannot_name_a_vm_is_refused(calotype: Calotype, root: Path, name: str) -> None:
+    said = calotype("run", "--", name, "/nosuch/qemu")
+    assert said.code == 2
+    assert "cannot name a VM" in said.err
+    assert "\x1b" not in said.err
+    assert Store(root).records() == []
+
+
+def test_the_store_is_the_one_named_last_and_nearest(
+    calotype: Calotype, root: Path, tmp_path: Path
+) -> None:
+    keep(root, make_record(name="by environment"))
+    keep(tmp_path / "group", make_record(name="by group"))
+    keep(tmp_path / "command", make_record(name="by command"))
+    group, command = ("--store", str(tmp_path / "group")), ("--store", str(tmp_path / "command"))
+    assert calotype("ps", "-q").out == "by environment\n"
+    assert calotype("ps", "-q", *command).out == "by command\n"
+    assert calotype(*group, "ps", "-q", *command).out == "by command\n"
+
+
+def test_the_group_takes_a_store_too(
+    calotype: Calotype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CALOTYPE_STORE")
+    keep(tmp_path / "group", make_record(name="by group"))
+    assert calotype("--store", str(tmp_path / "group"), "ps", "-q").out == "by group\n"
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_of_errors_has_its_exit_code_and_its_name(
+    family: type[CalotypeError], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = family("it is wrong", "put it right", path="/a b", place=Path("/c"), count=3)
+    error.add_note("undoing One failed")
+    assert report_error(error, ["take", "--json"]) == family.exit_code
+    said = Said(0, *capsys.readouterr())
+    assert said.json == {
+        "schema": 1,
+        "error": {
+            "family": family.family,
+            "problem": "it is wrong",
+            "remedy": "put it right",
+            "notes": ["undoing One failed"],
+            "path": "/a b",
+            "place": "/c",
+            "count": 3,
+        },
+    }
+    assert said.err.splitlines() == [
+        "calotype: it is wrong",
+        "calotype: undoing One failed",
+        "calotype: what to do: put it right",
+    ]
+
+
+def test_an_error_without_a_remedy_gives_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_error(QemuError("it is wrong"), ["take"]) == 7
+    assert capsys.readouterr() == ("", "calotype: it is wrong\n")
+
+
+def spoil_record(root: Path) -> None:
+    keep(root)
+    (root / "vms" / VM_ID / "record.json").write_text("{")
+
+
+def file_as_store(root: Path) -> None:
+    root.write_text("")
+
+
+def forget_image(root: Path) -> None:
+    keep(root, make_record(), make_manifest())
+
+
+def program(*argv: str) -> Callable[[Path], object]:
+    return lambda root: keep(root, make_record(disks=(), argv=argv, cwd="/"))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words", "code", "family"),
+    [
+        (keep, ("show", "web", "--tag", "a", "--latest"), 2, "request"),
+        (keep, ("show", "web", "--id", "xyz"), 2, "request"),
+        (keep, ("take", "web", "--disk", "a=b"), 2, "request"),
+        (keep, ("run", "web2", "--", "/nosuch/qemu", "-daemonize"), 2, "request"),
+        (keep, ("run", "web2"), 2, "request"),
+        (keep, ("show", "nosuch"), 3, "not-found"),
+        (keep, ("show", "web", "--latest"), 3, "not-found"),
+        (keep, ("logs", "web"), 3, "not-found"),
+        (forget_image, ("restore", "web", "--latest"), 5, "mismatch"),
+        (keep, ("take", "web"), 6, "conflict"),
+        (keep, ("take", "web", "--plan"), 6, "conflict"),
+        (keep, ("stop", "web"), 6, "conflict"),
+        (keep, ("console", "web"), 6, "conflict"),
+        (program("/bin/false"), ("start", "web"), 7, "qemu"),
+        (program("/nosuch/qemu"), ("start", "web"), 9, "host"),
+        (keep, ("start", "web"), 9, "host"),
+        (file_as_store, ("ps",), 9, "host"),
+        (spoil_record, ("show", "web"), 10, "store"),
+    ],
+)
+def test_an_error_is_told_by_whose_fault_it_is(
+    calotype: Calotype,
+    root: Path,
+    prepare: Callable[[Path], object],
+    words: tuple[str, ...],
+    code: int,
+    family: str,
+) -> None:
+    prepare(root)
+    plain = calotype(*words)
+    assert (plain.code, plain.out) == (code, "")
+    said = calotype(words[0], "--json", *words[1:])
+    assert said.code == code
+    assert said.json.keys() == {"schema", "error"}
+    error = said.json["error"]
+    assert said.json["schema"] == 1
+    assert error["family"] == family
+    assert error.keys() >= {"family", "problem", "remedy", "notes"}
+    assert error["notes"] == []
+    assert plain.err.startswith(f"calotype: {error['problem']}\n")
+
+
+def test_every_difference_is_told_to_a_program(calotype: Calotype, root: Path) -> None:
+    keep(root, make_record(), make_manifest())
+    error = calotype("restore", "web", "--latest", "--json").json["error"]
+    kinds = [mismatch["kind"] for mismatch in error["mismatches"]]
+    assert {"missing", "definition"} <= set(kinds)
+    assert all(mismatch.keys() == {"kind", "subject", "text"} for mismatch in error["mismatches"])
+    assert all(mismatch["text"] in error["problem"] for mismatch in error["mismatches"])
+
+
+def test_words_after_the_dashes_are_qemus(calotype: Calotype) -> None:
+    qemu = ("--", "/nosuch/qemu", "-daemonize", "--json")
+    assert calotype("run", "web", *qemu).out == ""
+    said = calotype("run", "--json", "web", *qemu)
+    assert said.json["error"]["family"] == "request"
+
+
+def test_a_reader_that_has_enough_is_no_error_of_ours(root: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        ended = subprocess.run(
+            [sys.executable, "-m", "calotype", "--store", str(root), "ps"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+# --- being interrupted ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_cancels_the_work_and_tells_what_could_not_be_undone(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work() -> None:
+        os.kill(os.getpid(), number)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError as error:
+            error.add_note("undoing One failed")
+            raise
+
+    with pytest.raises(InterruptError) as caught:
+        run_async(work())
+    assert caught.value.__notes__ == ["undoing One failed"]
+    assert report_error(caught.value, []) == 130
+    assert "undoing One failed" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    async def work() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
+
+    with pytest.raises(InterruptError):
+        run_async(work())
+    assert capsys.readouterr().err == "calotype: undoing what was begun; please wait\n"
+
+
+def test_work_that_fails_is_not_called_interrupted() -> None:
+    async def work() -> None:
+        raise QemuError("it is wrong")
+
+    with pytest.raises(QemuError):
+        run_async(work())
+
+
+# --- take ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("disk0",), "--disk 'disk0' is not understood"),
+        (("=skip",), "--disk '=skip' is not understood"),
+        (("disk0=",), "--disk 'disk0=' is not understood"),
+        (("disk0=Skip",), "--disk 'disk0=Skip' is not understood"),
+        (("disk0=none",), "--disk 'disk0=none' is not understood"),
+        (("",), "--disk '' is not understood"),
+        (("disk0=skip", "disk0=internal"), "--disk names 'disk0' twice"),
+        (("disk0=skip", "disk0=skip"), "--disk names 'disk0' twice"),
+    ],
+)
+def test_a_disk_that_is_not_understood_is_refused_before_anything_is_looked_at(
+    calotype: Calotype, words: tuple[str, ...], problem: str
+) -> None:
+    options = [word for value in words for word in ("--disk", value)]
+    said = calotype("take", "nosuch", *options)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith(f"calotype: {problem}\n")
+
+
+def asked(
+    monkeypatch: pytest.MonkeyPatch, calotype: Calotype, *words: str
+) -> tuple[TakeRequest, Mapping[str, Any]]:
+    """What the operation is asked for by `take web` and *words*."""
+    given: list[Any] = []
+
+    async def take(_: Store, name: str, request: TakeRequest, **rest: Any) -> Manifest:
+        given.extend((name, request, rest))
+        return make_manifest()
+
+    monkeypatch.setattr(operations, "take", take)
+    assert calotype("take", "web", *words).code == 0
+    assert given[0] == "web"
+    return given[1], given[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "request_"),
+    [
+        ((), TakeRequest("external", "auto", 2000.0, {})),
+        (("--machine-state", "none"), TakeRequest("none")),
+        (("--method", "paused", "--pause-limit", "70.5"), TakeRequest("external", "paused", 70.5)),
+        (("--disk", "a=skip"), TakeRequest(disks={"a": "skip"})),
+        (
+            ("--disk", "/m/d=0=internal", "--disk", "#block1=external"),
+            TakeRequest(disks={"/m/d=0": "internal", "#block1": "external"}),
+        ),
+    ],
+)
+def test_the_words_of_a_take_become_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+    calotype: Calotype,
+    words: tuple[str, ...],
+    request_: TakeRequest,
+) -> None:
+    assert asked(monkeypatch, calotype, *words)[0] == request_
+
+
+@pytest.mark.parametrize("tag", ["before upgrade", "2", "--json", "-q", "it's", ""])
+def test_a_tag_and_a_description_are_taken_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, calotype: Calotype, tag: str
+) -> None:
+    _, rest = asked(monkeypatch, calotype, f"--tag={tag}", f"--description={tag}")
+    assert (rest["tag"], rest["description"]) == (tag, tag)
+
+
+@pytest.mark.parametrize(
+    ("pause_ms", "words"),
+    [(12.5, "pause 12.5 ms"), (0.0, "pause 0.0 ms"), (None, "the guest was not stopped")],
+)
+def test_what_was_taken_is_told(
+    monkeypatch: pytest.MonkeyPatch, calotype: Calotype, pause_ms: float | None, words: str
+) -> None:
+    manifest = make_manifest(
+        [make_part(0), make_part(1, "skip")], tag="x", timings=Timings(pause_ms, 1500.0, {})
+    )
+
+    async def take(*_: Any, **__: Any) -> Manifest:
+        return manifest
+
+    monkeypatch.setattr(operations, "take", take)
+    assert calotype("take", "web").out == f"{SNAPSHOT}  {words}, 1 MiB in 1.5 s\n"
+    assert calotype("take", "web", "-q").out == f"{SNAPSHOT}\n"
+    assert calotype("take", "web", "--json").json == {
+        "schema": 1,
+        "id": SNAPSHOT,
+        "tag": "x",
+        "vm": "web",
+        "parent": None,
+        "instant": manifest.instant,
+        "pause_ms": pause_ms,
+        "total_ms": 1500.0,
+        "bytes": 1 << 20,
+        "parts": {"disk0": "external", "disk1": "skip"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("facts", "code"),
+    [(make_facts(), 0), (make_facts(block_jobs=("mirror0",), strays=("a stray",)), 4)],
+)
+def test_a_plan_says_all_and_ends_with_whether_it_can_be_carried_out(
+    monkeypatch: pytest.MonkeyPatch, calotype: Calotype, facts: Any, code: int
+) -> None:
+    plan = plan_take(facts, make_record(), TakeRequest(), SNAPSHOT)
+
+    async def plan_only(*_: Any) -> TakePlan:
+        return plan
+
+    monkeypatch.setattr(operations, "plan_only", plan_only)
+    said = calotype("take", "web", "--plan")
+    assert said.code == code
+    for expected in (plan.method_reason, plan.disks[0].overlay, "pause 24 ms", "PassInstant"):
+        assert expected in said.out
+    for blocker in plan.blockers:
+        assert f"blocker: {blocker.problem}; what to do: {blocker.remedy}\n" in said.out
+    told = calotype("take", "web", "--plan", "--json")
+    assert told.code == code
+    assert told.json["plan"]["snapshot"] == SNAPSHOT
+    assert len(told.json["plan"]["blockers"]) == len(plan.blockers)
+
+
+# --- list ----------------------------------------------------------------------------------------
+
+
+def entry(snapshot: str, parent: str | None = None, **changes: Any) -> SnapshotEntry:
+    return replace(entry_of(make_manifest(id=snapshot, parent=parent)), **changes)
+
+
+def shape(now: str | None, *entries: SnapshotEntry) -> list[str]:
+    """The tree, each snapshot as its id alone."""
+    return [line.partition("  2025-")[0] for line in draw(make_record(parent=now), entries)]
+
+
+TREES: dict[str, tuple[str | None, list[SnapshotEntry], list[str]]] = {
+    "empty": (None, [], ["└── now"]),
+    "one, and now at the root": (None, [entry("a")], ["├── a", "└── now"]),
+    "one, and now after it": ("a", [entry("a")], ["└── a", "    └── now"]),
+    "chain": (
+        "c",
+        [entry("a"), entry("b", "a"), entry("c", "b")],
+        ["└── a", "    └── b", "        └── c", "            └── now"],
+    ),
+    "now in the middle": (
+        "a",
+        [entry("a"), entry("b", "a"), entry("c", "b")],
+        ["└── a", "    ├── b", "    │   └── c", "    └── now"],
+    ),
+    "branches": (
+        "d",
+        [entry("a"), entry("b", "a"), entry("c", "b"), entry("d", "a"), entry("e", "a")],
+        [
+            "└── a",
+            "    ├── b",
+            "    │   └── c",
+            "    ├── d",
+            "    │   └── now",
+            "    └── e",
+        ],
+    ),
+    "two roots": ("a", [entry("a"), entry("b")], ["├── a", "│   └── now", "└── b"]),
+    "parent unknown": ("b", [entry("b", "gone")], ["└── b", "    └── now"]),
+    "now after one that is gone": ("gone", [entry("a")], ["├── a", "└── now"]),
+    "child before its parent": ("b", [entry("b", "a"), entry("a")],
+                                ["└── a", "    └── b", "        └── now"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_snapshots_are_drawn_as_a_tree(name: str) -> None:
+    now, entries, expected = TREES[name]
+    assert shape(now, *entries) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({}, "a  2025-01-02 03:04:05  live  1 MiB  pause 12.5 ms"),
+        ({"pause_ms": None}, "a  2025-01-02 03:04:05  live  1 MiB"),
+        ({"tag": "it's"}, 'a  2025-01-02 03:04:05  "it\'s"  live  1 MiB  pause 12.5 ms'),
+        (
+            {"machine_state": "none", "bytes": 0, "pause_ms": None, "method": "left-behind"},
+            "a  2025-01-02 03:04:05  left-behind",
+        ),
+        (
+            {"description": "two\nlines\x1b[2J"},
+            "a  2025-01-02 03:04:05  live  1 MiB  pause 12.5 ms  - 'two\\nlines\\x1b[2J'",
+        ),
+    ],
+)
+def test_a_snapshot_is_one_line_whatever_the_user_wrote(
+    changes: dict[str, Any], label: str
+) -> None:
+    assert draw(make_record(), [entry("a", None, **changes)])[0] == f"├── {label}"
+
+
+def test_a_long_chain_is_drawn_too() -> None:
+    chain = [entry("0"), *(entry(str(at), str(at - 1)) for at in range(1, 2000))]
+    assert len(shape("1999", *chain)) == 2001
+
+
+def test_a_list_names_each_vm_and_where_it_is_now(calotype: Calotype, root: Path) -> None:
+    keep(root, make_record(parent=SNAPSHOT), make_manifest(tag="x"))
+    keep(root, make_record(id="00000000000000a1", name="mail"))
+    assert calotype("list").out.splitlines() == [
+        "mail",
+        "└── now",
+        "web",
+        f"└── {SNAPSHOT}  2025-01-02 03:04:05  'x'  live  1 MiB  pause 12.5 ms",
+        "    └── now",
+    ]
+    assert calotype("list", "mail").out.splitlines() == ["mail", "└── now"]
+    assert calotype("list", "-q").out == f"{SNAPSHOT}\n"
+    mail, web = calotype("list", "--json").json["vms"]
+    assert (mail["name"], mail["now"], mail["snapshots"]) == ("mail", None, [])
+    assert (web["vm_id"], web["now"]) == (VM_ID, SNAPSHOT)
+    assert web["snapshots"][0]["id"] == SNAPSHOT
+    assert web["snapshots"][0].keys() == set(SnapshotEntry.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1536, "2 KiB"),
+        (1 << 20, "1 MiB"),
+        (300 << 20, "300 MiB"),
+        (1 << 30, "1.0 GiB"),
+        (3 << 29, "1.5 GiB"),
+        (5 << 40, "5120.0 GiB"),
+    ],
+)
+def test_a_size_is_told_in_the_largest_unit_that_fits(count: int, words: str) -> None:
+    assert size(count) == words
+
+
+# --- the others that need no QEMU ----------------------------------------------------------------
+
+
+def test_ps_tells_what_does_not_run(calotype: Calotype, root: Path) -> None:
+    keep(root, make_record(), make_manifest())
+    heading, line = calotype("ps").out.splitlines()
+    assert heading.split() == ["NAME", "STATE", "PID", "SNAPSHOTS", "DISKS"]
+    assert line.split() == ["web", "off", "-", "1", "disk0"]
+    assert calotype("ps", "-q").out == "web\n"
+    assert calotype("ps", "--json").json["vms"] == [
+        {
+            "name": "web", "vm_id": VM_ID, "run_state": "off", "pid": None,
+            "disks": ["disk0"], "snapshots": 1,
+        }
+    ]  # fmt: skip
+
+
+def test_show_tells_which_image_is_the_active_one(calotype: Calotype, root: Path) -> None:
+    active = Image(f"{disk_path(0)}.{SNAPSHOT}.qcow2", "qcow2")
+    record = keep(root, make_record([make_disk_record(active=active)], parent=SNAPSHOT))
+    said = calotype("show", "web")
+    assert f"disk disk0: active image {active.path} (qcow2)\n" in said.out
+    assert f"the command line names {disk_path(0)}, which is frozen\n" in said.out
+    assert "qemu-system-x86_64 -m 1G -drive file=disk0.qcow2,if=virtio\n" in said.out
+    assert calotype("show", "web", "--json").json["vm"]["id"] == record.id
+
+
+@pytest.mark.parametrize("choice", [("--latest",), ("--tag", "x"), ("--id", SNAPSHOT[:-1])])
+def test_show_tells_all_of_a_snapshot(
+    calotype: Calotype, root: Path, choice: tuple[str, ...]
+) -> None:
+    parts = [make_part(0), make_part(1, "internal"), make_part(2, "skip", reason="asked for")]
+    keep(root, make_record(), make_manifest(parts, tag="x", parent=OTHER))
+    said = calotype("show", "web", *choice)
+    for line in (
+        f"{SNAPSHOT}  'x'",
+        "instant: 2025-01-02T03:04:05.000006+00:00, live, the VM was running",
+        f"parent: {OTHER}",
+        "machine state: 1 MiB, stream",
+        f"disk disk0: external, {disk_path(0)} (qcow2)",
+        f"disk disk1: internal, {disk_path(1)} (qcow2), inside as calotype-{SNAPSHOT}",
+        "disk disk2: skipped: asked for",
+        "machine: pc-q35-10.0, 1.0 GiB, 1 CPUs",
+        "pause: 12.5 ms",
+    ):
+        assert f"{line}\n" in said.out
+    told = calotype("show", "web", *choice, "--json").json["snapshot"]
+    assert (told["id"], told["parent"]) == (SNAPSHOT, OTHER)
+    assert [part["kind"] for part in told["storage"]] == ["external", "internal", "skip"]
+
+
+def test_forget_tells_what_stays(calotype: Calotype, root: Path) -> None:
+    keep(root, make_record(), make_manifest())
+    kept = calotype("forget", "web", "--json").json["kept"]
+    assert kept["snapshots"] == [SNAPSHOT]
+    assert kept["active_images"] == {"disk0": disk_path(0)}
+    assert (Path(kept["folder"]) / "record.json").exists()
+    assert calotype("forget", "web").code == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "out"),
+    [((), b"login: \xff\r\n"), (("--qemu",), b"qemu: warning\n"), (("-f",), b"login: \xff\r\n")],
+)
+def test_logs_print_what_was_said_byte_by_byte(
+    root: Path, capfdbinary: pytest.CaptureFixture[bytes], words: tuple[str, ...], out: bytes
+) -> None:
+    keep(root)
+    (root / "vms" / VM_ID / "console.log").write_bytes(b"login: \xff\r\n")
+    (root / "vms" / VM_ID / "qemu.log").write_bytes(b"qemu: warning\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["logs", "web", *words])
+    assert caught.value.code == 0
+    assert capfdbinary.readouterr().out == out
+
+
+def test_logs_are_text_in_json(calotype: Calotype, root: Path) -> None:
+    keep(root)
+    (root / "vms" / VM_ID / "console.log").write_bytes(b"login: \xff\n")
+    assert calotype("logs", "web", "--json").json == {
+        "schema": 1, "vm": "web", "text": "login: \ufffd\n",
+    }  # fmt: skip
+
+
+def test_doctor_counts_what_it_found(calotype: Calotype, root: Path) -> None:
+    keep(root, make_record(), make_manifest())
+    assert calotype("doctor", "--rebuild").out == "the index holds 1 snapshots\n"
+    assert calotype("doctor", "--rebuild", "--json").json == {"schema": 1, "snapshots": 1}
