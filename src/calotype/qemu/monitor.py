@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient
+from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError
 
 from calotype.errors import ConflictError, HostError, QemuError
 
@@ -82,7 +82,7 @@ class Monitor:
                 f"QEMU has not answered {command} for {REPLY_TIMEOUT_S:g} s",
                 "look at its log; a QEMU that hangs is ended by `stop --now`",
             ) from error
-        except ExecInterruptedError as error:
+        except (QMPError, OSError) as error:  # interrupted, or the connection was gone already
             raise QemuError(
                 f"QEMU went away during {command}", "its last words are in `calotype logs`"
             ) from error
@@ -102,13 +102,19 @@ class Monitor:
 
     async def add_file(self, descriptor: int, fdset: int, opaque: str) -> None:
         """Give QEMU an open file as `/dev/fdset/`*fdset* (qapi/misc.json, add-fd)."""
-        self._client.send_fd_scm(descriptor)
+        self._pass(descriptor)
         await self.execute("add-fd", fdset_id=fdset, opaque=opaque)
 
     async def get_file(self, descriptor: int, name: str) -> None:
         """Give QEMU an open file under a *name*, as `fd:`*name* (qapi/misc.json, getfd)."""
-        self._client.send_fd_scm(descriptor)
+        self._pass(descriptor)
         await self.execute("getfd", fdname=name)
+
+    def _pass(self, descriptor: int) -> None:
+        try:
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError) as error:
+            raise QemuError("QEMU went away", "its last words are in `calotype logs`") from error
 
     @contextlib.contextmanager
     def tapped(self, tap: Tap) -> Iterator[None]:

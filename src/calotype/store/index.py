@@ -66,23 +66,23 @@ class Index:
         self._path = path
         self._make()
 
-    def _make(self, *, anew: bool = False) -> None:
+    def _make(self) -> None:
+        """Make the tables, unless they are there; others may be doing the same."""
         try:
             with self._open() as database:
-                (version,) = database.execute("PRAGMA user_version").fetchone()
-        except sqlite3.DatabaseError:
-            version = -1
-        if version == SCHEMA_VERSION and not anew:
-            return
-        self._path.unlink(missing_ok=True)
-        with self._open() as database:
-            database.executescript(_SCHEMA)
-            database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                if _version(database) != SCHEMA_VERSION:
+                    database.execute("BEGIN IMMEDIATE")
+                    _make_tables(database)
+        except sqlite3.DatabaseError as error:
+            self._remove_damaged(error)
+            with self._open() as database:
+                database.execute("BEGIN IMMEDIATE")
+                _make_tables(database)
         self._path.chmod(0o600)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        database = sqlite3.connect(self._path, timeout=10)
+        database = sqlite3.connect(self._path, timeout=10, isolation_level=None)
         try:
             with database:
                 yield database
@@ -90,9 +90,26 @@ class Index:
             database.close()
 
     def rebuild(self, records: Iterable[VmRecord], manifests: Iterable[Manifest]) -> None:
-        """Make it anew."""
-        self._make(anew=True)
+        """Make it anew, in one transaction: others see the old one or the new one."""
+        kept = (list(records), list(manifests))
+        try:
+            self._fill(*kept)
+        except sqlite3.DatabaseError as error:
+            self._remove_damaged(error)
+            self._make()
+            self._fill(*kept)
+
+    def _remove_damaged(self, error: sqlite3.DatabaseError) -> None:
+        """Remove the file; but one that is only in use by others is sound."""
+        if "locked" in str(error):
+            raise error
+        self._path.unlink(missing_ok=True)
+
+    def _fill(self, records: Iterable[VmRecord], manifests: Iterable[Manifest]) -> None:
         with self._open() as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("DELETE FROM vms")
+            database.execute("DELETE FROM snapshots")
             for record in records:
                 _put_vm(database, record)
             for manifest in manifests:
@@ -152,6 +169,22 @@ class Index:
                 (vm_id,),
             ).fetchall()
         return [SnapshotEntry(*row) for row in rows]
+
+
+def _version(database: sqlite3.Connection) -> int:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    return int(version)
+
+
+def _make_tables(database: sqlite3.Connection) -> None:
+    """Make the tables anew, inside a transaction that is open."""
+    if _version(database) == SCHEMA_VERSION:
+        return
+    for table in ("vms", "snapshots"):
+        database.execute(f"DROP TABLE IF EXISTS {table}")
+    for statement in filter(str.strip, _SCHEMA.split(";")):
+        database.execute(statement)
+    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _is_text(name: str) -> bool:

@@ -339,7 +339,6 @@ def test_making_the_index_anew_counts_the_snapshots(tmp_path: Path) -> None:
     assert filled(tmp_path).rebuild_index() == 3
 
 
-@pytest.mark.xfail(raises=sqlite3.OperationalError, reason="an index in use is removed")
 def test_a_new_store_may_be_opened_by_several_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as threads:
         for attempt in range(10):
@@ -347,7 +346,6 @@ def test_a_new_store_may_be_opened_by_several_at_once(tmp_path: Path) -> None:
             assert [each.result().records() for each in opened] == [[]] * 4
 
 
-@pytest.mark.xfail(raises=sqlite3.OperationalError, reason="an index in use is removed")
 def test_snapshots_can_be_kept_while_others_look(tmp_path: Path) -> None:
     """Whoever looks between a manifest's rename and its entry makes the index anew meanwhile."""
     store = Store(tmp_path)
