@@ -532,6 +532,7 @@ DISCARD = RestoreRequest(discard_current=True)
         (overlay(0, OTHER).path, True),
         (disk_path(0), False),
         ("/vm/disk0.qcow2.backup.qcow2", False),
+        ("/vm/disk0.qcow2.abc.qcow2", False),
         ("/vm/disk0.qcow2.00000000000000B2.qcow2", False),
         (overlay(1, OTHER).path, False),
         ("/vm/disk0.00000000000000b2.qcow2", False),

@@ -102,6 +102,7 @@ def test_a_forgotten_vm_leaves_the_catalogue_with_all_its_files(tmp_path: Path) 
     before, record = paths(store.folder(VM_ID)), store.find("web")
     folder = store.forget(record)
     assert paths(folder) == before
+    assert store.index.snapshots(VM_ID) == []
     assert Store(tmp_path).forgotten() == [record]
     assert [left.name for left in Store(tmp_path).records()] == ["it's mail"]
     assert Store(tmp_path).index.snapshots(VM_ID) == []
