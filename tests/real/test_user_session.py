@@ -163,11 +163,11 @@ def test_logs_follow_until_the_vm_ends(boot: Boot) -> None:
 
 def test_a_tag_is_never_an_id_and_an_id_never_a_tag(small: Machine) -> None:
     first = small.take("--tag", "2")
-    prefix = "2" if first.startswith("2") else first[0]
+    prefix = first[:2]
     second = small.take("--tag", prefix)
     shell = Shell(small.folder)
     assert first in shell(f"show small --id {first}")
-    assert second in shell(f"show small --tag {prefix}") or first[0] == "2"
+    assert second in shell(f"show small --tag {prefix}")
     assert "no snapshot with the tag" in shell(f"show small --tag {first}", expected=3)
     assert "is no id" in shell("show small --id latest", expected=2)
     assert "give exactly one" in shell(f"show small --id {first} --tag 2", expected=2)

@@ -34,12 +34,9 @@ from calotype.plan.steps import (
     RecordNow,
     StartQemu,
 )
-from calotype.qemu import image_tool, observe, process
-from calotype.qemu.monitor import Monitor
+from calotype.qemu import image_tool, migration, observe, process
 from calotype.store import images
 from calotype.store.store import Store
-
-_POLL_S = 0.005
 
 
 class Restoring:
@@ -141,7 +138,7 @@ async def _load_state(restoring: Restoring, step: LoadState) -> None:
     restoring.progress("loading", 0, os.fstat(descriptor).st_size)
     try:
         async with launch.controlling(restoring.store, restoring.record) as monitor:
-            await _incoming(monitor, descriptor, names.state_descriptor(step.snapshot))
+            await migration.load(monitor, descriptor, names.state_descriptor(step.snapshot))
     except QemuError as error:
         said = launch.last_words(restoring.store.folder(restoring.record.id), restoring.log_mark)
         raise QemuError(
@@ -149,15 +146,6 @@ async def _load_state(restoring: Restoring, step: LoadState) -> None:
         ) from error
     finally:
         os.close(descriptor)
-
-
-async def _incoming(monitor: Monitor, descriptor: int, name: str) -> None:
-    await monitor.get_file(descriptor, name)
-    await monitor.execute("migrate-incoming", uri=f"fd:{name}")
-    while (state := await monitor.execute("query-migrate")).get("status") != "completed":
-        if state.get("status") == "failed":
-            raise QemuError(state.get("error-desc", "failed"))
-        await asyncio.sleep(_POLL_S)
 
 
 async def _let_run(restoring: Restoring, _: LetRun) -> None:

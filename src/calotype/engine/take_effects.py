@@ -11,7 +11,6 @@ import contextlib
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from msgspec.structs import replace
 
@@ -43,7 +42,7 @@ from calotype.plan.steps import (
 )
 from calotype.plan.take import TakePlan
 from calotype.plan.window import Accepted, Failed, Window
-from calotype.qemu import image_tool, observe, process
+from calotype.qemu import image_tool, migration, observe, process
 from calotype.qemu.monitor import CommandRefused, Monitor
 from calotype.qemu.passing import pass_through
 from calotype.store import files, images
@@ -53,7 +52,6 @@ STATE_FILE = "machine-state"
 FLUSH_ROUNDS = 3
 FLUSHED_MS = 10.0
 _POLL_S = 0.02
-_SETTLE_S = 10.0
 
 
 class Taking:
@@ -189,29 +187,11 @@ async def _let_go_of_state(taking: Taking, snapshot: str, fdset: int) -> None:
 
 
 async def _set_migration(taking: Taking, step: SetMigration) -> None:
-    await _set(taking.monitor, step.capabilities, step.parameters)
+    await migration.configure(taking.monitor, step.capabilities, step.parameters)
 
 
 async def _put_back_migration(taking: Taking, step: SetMigration) -> None:
-    await _set(taking.monitor, step.capabilities_before, step.parameters_before)
-
-
-async def _set(monitor: Monitor, capabilities: dict[str, bool], parameters: dict[str, Any]) -> None:
-    """Set both; for a moment after a save QEMU still says that it is under way."""
-    listed = [{"capability": name, "state": state} for name, state in capabilities.items()]
-    deadline = asyncio.get_running_loop().time() + _SETTLE_S
-    while True:
-        try:
-            if listed:
-                await monitor.execute("migrate-set-capabilities", capabilities=listed)
-            await monitor.send("migrate-set-parameters", parameters)
-        except CommandRefused as error:
-            is_passing = "in progress" in str(error.data.get("qemu"))
-            if not is_passing or asyncio.get_running_loop().time() > deadline:
-                raise
-            await asyncio.sleep(_POLL_S)
-        else:
-            return
+    await migration.configure(taking.monitor, step.capabilities_before, step.parameters_before)
 
 
 async def _flush_images(_: Taking, step: FlushImages) -> None:
@@ -260,26 +240,13 @@ def _window_error(failed: Failed) -> QemuError | PauseLimitError:
 
 async def _abandon_instant(taking: Taking, step: PassInstant) -> None:
     """Undo what happened at the instant, the guest running on with all it wrote since."""
-    await _cancel_save(taking.monitor)
+    await migration.cancel(taking.monitor)
     if step.was_running:
         status = await taking.monitor.execute("query-status")
         if status["status"] in ("paused", "postmigrate"):
             await taking.monitor.execute("cont")
     for action in reversed(step.actions):
         await _abandon_storage(taking.monitor, action)
-
-
-async def _cancel_save(monitor: Monitor) -> None:
-    """Cancel a save, and wait until QEMU has taken it down."""
-    await monitor.execute("migrate_cancel")
-    deadline = asyncio.get_running_loop().time() + _SETTLE_S
-    while (await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
-        if asyncio.get_running_loop().time() > deadline:
-            raise QemuError("QEMU does not end the cancelled save", "stop the VM when you can")
-        await asyncio.sleep(_POLL_S)
-
-
-_UNDER_WAY = frozenset({"setup", "active", "device", "cancelling"})
 
 
 async def _abandon_storage(monitor: Monitor, action: StorageAction) -> None:
@@ -346,16 +313,10 @@ def _record(taking: Taking, active: dict[int, Image], parent: str | None) -> Non
 
 async def _await_save(taking: Taking, step: AwaitSave) -> None:
     """Wait until the machine state is written; the guest runs."""
-    while True:
-        state = await taking.monitor.execute("query-migrate")
-        status = state.get("status", "none")
-        taking.progress("saving", state.get("ram", {}).get("transferred", 0), step.expected_bytes)
-        if status == "completed":
-            return
-        if status not in _UNDER_WAY:
-            text = state.get("error-desc", status)
-            raise QemuError(f"the save failed: {text}", "see `calotype logs --qemu`", qemu=text)
-        await asyncio.sleep(_POLL_S)
+    await migration.saved(
+        taking.monitor,
+        lambda done_bytes: taking.progress("saving", done_bytes, step.expected_bytes),
+    )
 
 
 async def _close_state(taking: Taking, step: CloseState) -> None:

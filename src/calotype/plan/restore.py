@@ -263,7 +263,8 @@ def _steps(
             for part, disk in pairs
             if _is_in_place(part, disk)
         )
-        yield DiscardImages(tuple(sorted(_discardable(left, record, found))), inside)
+        gone = left - {image.path for image in active.values()}
+        yield DiscardImages(tuple(sorted(_discardable(gone, record, found))), inside)
 
 
 def _machine(manifest: Manifest) -> str:

@@ -286,8 +286,11 @@ static void play_round(void)
 {
     for (uint32_t disk = 0; disk < disk_count; disk++)
         compare_disk(disk);
-    for (uint64_t i = 0; page_count && i < dirty_per_round; i++)
-        renew_page(mix(n * 0x10001 + i) % page_count);
+    for (uint64_t i = 0; page_count && i < dirty_per_round; i++) {
+        uint64_t number = mix(n * 0x10001 + i) % page_count;
+        check_page(number); /* or what was wrong with it would be overwritten unseen */
+        renew_page(number);
+    }
     for (uint64_t i = 0; page_count && i < CHECKED_PER_ROUND; i++)
         check_page(next_checked++ % page_count);
     n++;
