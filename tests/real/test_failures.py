@@ -129,7 +129,7 @@ def test_a_store_that_fills_up_while_saving_undoes_the_take(small_store: Path, b
     await_status(vm, "active")
     filler = small_store / "filler"
     with filler.open("wb") as rest:
-        os.posix_fallocate(rest.fileno(), 0, images.free_bytes(small_store) - (8 << 20))
+        os.posix_fallocate(rest.fileno(), 0, images.free_bytes(small_store) - (96 << 20))
     exit_code, said = ended(taking)
     assert exit_code == 7, said
     filler.unlink()
