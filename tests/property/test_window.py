@@ -255,7 +255,7 @@ def test_a_stranger_who_had_paused_the_vm_is_not_overruled() -> None:
 def test_the_pause_limit_leads_to_the_retreat_and_names_itself() -> None:
     calm = ["main", "thread", "wire", "tick"] * 40
     _, _, ends = play(("live", True), ["main", "wire", "late", *calm])
-    assert ends == [Failed("the pause reached its limit of 50 ms", True, False, True)]
+    assert ends == [Failed("the pause reached its limit of 50 ms", True, True)]
 
 
 def test_a_refused_transaction_ends_with_qemus_own_words() -> None:
@@ -274,5 +274,5 @@ def test_a_refused_transaction_ends_with_qemus_own_words() -> None:
     assert commands == ["cont", "migrate_cancel", "query-migrate"]
     window.feed(Reply("query-migrate", {"status": "cancelled"}))
     assert window.feed(Reply("query-status", {"running": True})) == [
-        Failed("QEMU refused transaction: No space left on device", False, True, True)
+        Failed("QEMU refused transaction: No space left on device", False, True)
     ]

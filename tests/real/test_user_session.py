@@ -220,7 +220,7 @@ def test_a_vm_that_was_forgotten_keeps_its_images_to_itself(small: Machine) -> N
     kept = shell("forget small")
     assert "newest content in" in kept
     said = shell(f"run other -- {shlex.join(small.argv())}", expected=6)
-    assert "belongs to the forgotten VM 'small', whose newest content is in" in said
+    assert "it was of the forgotten VM 'small'; its newest content is in" in said
 
 
 def test_a_command_line_that_cannot_start_leaves_nothing(folder: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -22,13 +23,13 @@ from builders import (
 )
 from calotype import errors
 from calotype.cli.main import COMMANDS, cli
-from calotype.engine.restore_effects import RESTORE_EFFECTS
-from calotype.engine.take_effects import TAKE_EFFECTS
+from calotype.engine.abandon_effects import ABANDON_EFFECTS
+from calotype.engine.effects import EFFECTS
 from calotype.errors import FAMILIES, CalotypeError
 from calotype.model.vm import Image
 from calotype.plan import steps
 from calotype.plan.restore import RestoreRequest, plan_restore
-from calotype.plan.steps import Step
+from calotype.plan.steps import AnyStep, Define, LetRun, RecordStarted, StartQemu, Step
 from calotype.plan.take import TakeRequest, plan_take
 
 ROOT = Path(__file__).parents[2]
@@ -217,16 +218,20 @@ def restored() -> set[type[Step]]:
     return {type(step) for plan in plans for step in plan.steps}
 
 
+STARTED: set[type[Step]] = {Define, StartQemu, RecordStarted, LetRun}
+"""What a start is made of (`operations._start`)."""
+
+
 def test_every_kind_of_step_has_an_effect() -> None:
-    assert step_kinds() == TAKE_EFFECTS.keys() | RESTORE_EFFECTS.keys()
+    assert step_kinds() == EFFECTS.keys() | ABANDON_EFFECTS.keys()
 
 
-def test_a_take_has_an_effect_for_each_step_it_plans_and_for_no_other() -> None:
-    assert taken() == set(TAKE_EFFECTS)
+def test_every_effect_is_one_of_a_step_that_is_planned() -> None:
+    assert EFFECTS.keys() == taken() | restored() | STARTED
 
 
-def test_a_restore_has_an_effect_for_each_step_it_plans_and_for_no_other() -> None:
-    assert restored() == set(RESTORE_EFFECTS)
+def test_a_journal_can_hold_every_kind_of_step() -> None:
+    assert step_kinds() == set(get_args(AnyStep))
 
 
 # --- what git keeps ------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from calotype.plan.steps import (
     OpenOverlay,
     OpenState,
     PassInstant,
-    RecordNow,
+    PutBackMigration,
+    RecordAhead,
     SetMigration,
     SnapshotInside,
     Step,
@@ -181,7 +182,7 @@ def _choose_method(facts: Facts, request: TakeRequest) -> tuple[WindowMethod, st
     """Choose how; `auto` is live or nothing, for a long pause is the user's own choice."""
     if request.machine_state == "none":
         return "storage-only", "no machine state was asked for: the guest is not stopped"
-    if request.method == "paused":
+    if request.method == "paused" and facts.run_state == "running":
         return "paused", "asked for: the guest stands still until its RAM is saved"
     if gives_back_run_state(facts):
         return "live", "the guest runs on while its RAM is saved"
@@ -213,8 +214,22 @@ def _request_blockers(facts: Facts, request: TakeRequest) -> Iterator[Blocker]:
     for disk in facts.disks:
         if len(asked := sorted(set(request.disks) & disk.labels)) > 1:
             yield Blocker(f"{' and '.join(asked)} are the same disk", "name it once")
-    if facts.run_state not in ("running", "paused", "prelaunch", "postmigrate"):
-        yield Blocker(f"the VM is in run state {facts.run_state!r}", "wait until it runs")
+    if facts.run_state not in _CAN_BE_TAKEN[request.machine_state]:
+        yield Blocker(
+            f"the VM is in run state {facts.run_state!r}",
+            "let it run first: `calotype start` does where it is paused",
+        )
+
+
+_CAN_BE_TAKEN: Mapping[MachineStateKind, frozenset[str]] = {
+    "external": frozenset({"running", "paused"}),
+    "none": frozenset({"running", "paused", "prelaunch", "postmigrate"}),
+}
+"""The run states that a snapshot can be taken in.
+
+A save in `prelaunch` makes QEMU end itself (the transition to paused is none that it knows,
+system/runstate.c), and one in `postmigrate` it refuses.
+"""
 
 
 def _machine_blockers(facts: Facts, record: VmRecord) -> Iterator[Blocker]:
@@ -291,17 +306,11 @@ def _method_blockers(
             )
     if _is_live(method):
         yield from _live_blockers(facts, method)
-    is_running = facts.run_state == "running"
-    if method == "paused" and is_running and estimate.pause_ms > request.pause_limit_ms:
+    if method == "paused" and estimate.pause_ms > request.pause_limit_ms:
         yield Blocker(
             f"the guest would stand still for about {estimate.pause_ms:.0f} ms,"
             f" the limit is {request.pause_limit_ms:.0f} ms",
             f"raise it (--pause-limit {2 * estimate.pause_ms:.0f}), or take it live",
-        )
-    if method == "paused" and not is_running and not gives_back_run_state(facts):
-        yield Blocker(
-            "this QEMU cannot give a paused VM its images back after a save",
-            "let the guest run, or use QEMU 10 or newer",
         )
 
 
@@ -324,7 +333,7 @@ def _live_blockers(facts: Facts, method: WindowMethod) -> Iterator[Blocker]:
     if method == "live-storage-first" and facts.run_state != "running":
         yield Blocker(
             "this QEMU would let the paused guest run after a live snapshot",
-            f"let it run first, {_USE_PAUSED}",
+            "let it run first",
         )
 
 
@@ -411,7 +420,7 @@ def _steps(
             cache_no_flush=disk.cache_no_flush,
             detect_zeroes=disk.detect_zeroes,
         )
-    yield RecordNow(now, before, snapshot, record.parent)
+    yield RecordAhead(now, before, snapshot, record.parent)
     if has_state:
         yield OpenState(snapshot, fdset)
         yield _set_migration(facts, method)
@@ -421,7 +430,7 @@ def _steps(
         was_running=facts.run_state == "running",
         fdset=fdset,
         actions=tuple(_actions(facts, disks, snapshot)),
-        limit_ms=request.pause_limit_ms if facts.run_state == "running" else None,
+        limit_ms=request.pause_limit_ms,
         graph_digest=facts.graph_digest,
     )
     if has_state:
@@ -440,10 +449,11 @@ def _actions(facts: Facts, disks: tuple[DiskPlan, ...], snapshot: str) -> Iterat
                 overlay_node=names.overlay_node(snapshot, disk.index),
                 overlay=plan.overlay,
                 base=disk.image,
+                base_mode=disk.mode,
                 merge_job=names.merge_job(snapshot, disk.index),
             )
         elif plan.kind == "internal":
-            yield SnapshotInside(node=disk.node, name=names.internal_name(snapshot))
+            yield SnapshotInside(disk.node, names.internal_name(snapshot), disk.image)
 
 
 def _fdset(snapshot: str) -> int:
@@ -465,11 +475,6 @@ def _set_migration(facts: Facts, method: WindowMethod) -> SetMigration:
     )
 
 
-def _put_back(step: SetMigration) -> SetMigration:
+def _put_back(step: SetMigration) -> PutBackMigration:
     """The step that sets what *step* found."""
-    return SetMigration(
-        capabilities=step.capabilities_before,
-        capabilities_before=step.capabilities,
-        parameters=step.parameters_before,
-        parameters_before=step.parameters,
-    )
+    return PutBackMigration(step.capabilities_before, step.parameters_before)

@@ -4,12 +4,15 @@
 
     STORE/
         index.sqlite                    a picture of the rest; may be deleted at any time
+        naming.lock                     held while a VM is defined
         vms/VM-ID/
             record.json                 the definition, and which images hold the newest content
             process.json                the QEMU that runs it, if one does
             lock                        held by the one operation that changes this VM
             control.sock query.sock console.sock
             qemu.log console.log
+            journal/ID.jsonl            an operation under way, or cut off (store/journal.py)
+            history/ID.jsonl            one that has ended
             snapshots/ID/
                 machine-state           RAM and devices, for the owner alone
                 manifest.json           written last; without it there is no snapshot
@@ -25,14 +28,20 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import msgspec
 
 from calotype.errors import ConflictError, HostError, NotFoundError, StoreError
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import Process, VmRecord
-from calotype.store.files import make_private_directory, sync_directory, write_atomically
+from calotype.store.files import (
+    TEMPORARY_PREFIX,
+    host_errors,
+    make_private_directory,
+    sync_directory,
+    write_atomically,
+)
 from calotype.store.index import Index
 
 _Kept = TypeVar("_Kept", VmRecord, Process, Manifest)
@@ -138,28 +147,38 @@ class Store:
         _write(self.folder(vm_id) / "process.json", qemu)
 
     @contextlib.contextmanager
-    def locked(self, record: VmRecord) -> Iterator[None]:
+    def naming(self) -> Iterator[None]:
+        """Be the only one who gives names and images to VMs; held for moments, so waited for."""
+        with _opened_lock(self.root / "naming.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def locked(self, record: VmRecord, word: str) -> Iterator[None]:
         """Be the only one who changes this VM, for the length of a `with` block.
 
-        The lock dies with its holder.
+        The lock dies with its holder: what is written in it tells who it is, and locks nothing.
+
+        Args:
+            record: The VM.
+            word: What is being done to it.
 
         Raises:
             ConflictError: Another process is at it.
         """
         path = self.folder(record.id) / "lock"
-        with path.open("a+") as lock:
+        with _opened_lock(path) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
+                pid, _, words = lock.read().strip().partition(" ")
                 raise ConflictError(
-                    f"process {holder} is changing the VM {record.name!r}",
+                    f"process {pid or 'unknown'} is changing the VM {record.name!r}: {words}",
                     "wait until it is done",
-                    holder=holder,
+                    holder=pid,
                 ) from error
             lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
+            lock.write(f"{os.getpid()} {word} (start time {_start_ticks()})\n")
             lock.flush()
             yield
 
@@ -194,6 +213,32 @@ class Store:
         (self.snapshot_folder(vm_id, snapshot) / "manifest.json").unlink(missing_ok=True)
         self.index.remove_snapshot(snapshot)
 
+    def has_manifest(self, vm_id: str, snapshot: str) -> bool:
+        """Whether a snapshot exists."""
+        return bool(snapshot) and (self.snapshot_folder(vm_id, snapshot) / "manifest.json").exists()
+
+    # --- operations ------------------------------------------------------------------------------
+
+    def unfinished(self, vm_id: str) -> list[Path]:
+        """The journals of operations on a VM that are under way or were cut off, oldest first."""
+        return _journals(self.folder(vm_id) / "journal")
+
+    def history(self, vm_id: str) -> list[Path]:
+        """The journals of operations on a VM that have ended, oldest first."""
+        return _journals(self.folder(vm_id) / "history")
+
+    def sweep(self, vm_id: str) -> None:
+        """Remove temporary files and the folders of snapshots that have no manifest.
+
+        The caller holds the VM's lock, and no journal refers to them any more.
+        """
+        folder = self.folder(vm_id)
+        for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+            path.unlink(missing_ok=True)
+        for path in (folder / "snapshots").glob("*"):
+            if not (path / "manifest.json").exists():
+                shutil.rmtree(path)
+
     # --- index -----------------------------------------------------------------------------------
 
     def rebuild_index(self) -> int:
@@ -208,6 +253,22 @@ class Store:
         vm_ids = {path.parent.name for path in self._vms.glob("*/record.json")}
         manifests = self._vms.glob("*/snapshots/*/manifest.json")
         return vm_ids, {path.parent.name: path.parent for path in manifests}
+
+
+def _opened_lock(path: Path) -> TextIO:
+    """A lock's file, for its owner alone; made if it is not there, never removed."""
+    with host_errors(path):
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+
+
+def _journals(folder: Path) -> list[Path]:
+    found = folder.glob("*.jsonl") if folder.is_dir() else ()
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def _start_ticks() -> str:
+    """When this process was started, in clock ticks since boot (proc(5), stat)."""
+    return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def _write(path: Path, value: msgspec.Struct) -> None:

@@ -19,6 +19,7 @@ from builders import OTHER, SNAPSHOT, VM_ID, make_manifest, make_record
 from calotype.cli.main import main
 from calotype.errors import ConflictError, HostError, NotFoundError, StoreError
 from calotype.model.vm import Process, VmRecord
+from calotype.qemu.process import start_ticks
 from calotype.store.store import Store
 
 SECOND_VM = "00000000000000a1"
@@ -138,7 +139,7 @@ def test_everything_is_for_its_owner_alone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         store = filled(root)
-        with store.locked(store.find("web")):
+        with store.locked(store.find("web"), "take"):
             pass
     finally:
         os.umask(before)
@@ -434,7 +435,7 @@ import sys, time
 from pathlib import Path
 from calotype.store.store import Store
 store = Store(Path(sys.argv[1]))
-with store.locked(store.find("web")):
+with store.locked(store.find("web"), "take"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -450,29 +451,33 @@ def test_a_second_holder_is_refused_and_told_who_is_first_until_that_one_dies(
         assert holder.stdout is not None
         try:
             assert holder.stdout.readline() == b"held\n"
-            with pytest.raises(ConflictError) as caught, store.locked(record):
+            with pytest.raises(ConflictError) as caught, store.locked(record, "take"):
                 pytest.fail("two hold one lock")
         finally:
             holder.send_signal(signal.SIGKILL)
     assert caught.value.data == {"holder": str(holder.pid)}
     assert f"process {holder.pid} is changing the VM 'web'" in caught.value.problem
-    with store.locked(record):
+    with store.locked(record, "take"):
         pass
 
 
 def test_a_lock_is_let_go_of_by_an_error_too(tmp_path: Path) -> None:
     store = filled(tmp_path)
     record = store.find("web")
-    with pytest.raises(ValueError, match="inside"), store.locked(record):
+    with pytest.raises(ValueError, match="inside"), store.locked(record, "take"):
         raise ValueError("inside")
-    with store.locked(record), pytest.raises(ConflictError) as caught, store.locked(record):
+    with (
+        store.locked(record, "take"),
+        pytest.raises(ConflictError) as caught,
+        store.locked(record, "take"),
+    ):
         pytest.fail("two hold one lock")
     assert caught.value.data == {"holder": str(os.getpid())}
 
 
 def test_each_vm_has_a_lock_of_its_own(tmp_path: Path) -> None:
     store = filled(tmp_path)
-    with store.locked(store.find("web")), store.locked(store.find("it's mail")):
+    with store.locked(store.find("web"), "take"), store.locked(store.find("it's mail"), "take"):
         pass
 
 
@@ -481,7 +486,7 @@ def test_a_holder_that_has_not_said_who_it_is_is_unknown(tmp_path: Path) -> None
     record = store.find("web")
     with (store.folder(VM_ID) / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConflictError, match="process unknown"), store.locked(record):
+        with pytest.raises(ConflictError, match="process unknown"), store.locked(record, "take"):
             pytest.fail("two hold one lock")
 
 
@@ -489,5 +494,7 @@ def test_a_lock_names_its_present_holder_and_not_those_before(tmp_path: Path) ->
     store = filled(tmp_path)
     record = store.find("web")
     (store.folder(VM_ID) / "lock").write_text("123456789\n")
-    with store.locked(record):
-        assert (store.folder(VM_ID) / "lock").read_text() == f"{os.getpid()}\n"
+    with store.locked(record, "take"):
+        told = (store.folder(VM_ID) / "lock").read_text()
+    ticks = start_ticks(os.getpid())
+    assert told == f"{os.getpid()} take (start time {ticks})\n"
