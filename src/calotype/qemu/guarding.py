@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from calotype import guard
-from calotype.errors import HostError
+from calotype.errors import HostError, QemuError
 from calotype.qemu.monitor import open_socket
 
 _POSTING_S = 10.0
@@ -74,13 +74,21 @@ async def posted(monitor_path: Path) -> AsyncIterator[Post]:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with ours:
-        with theirs, open_socket(monitor_path) as monitor:
-            descriptors = (monitor.fileno(), theirs.fileno())
-            process = _spawn(descriptors)
+        with theirs, _reached(monitor_path) as monitor:
+            process = _spawn((monitor.fileno(), theirs.fileno()))
         process.returncode = 0  # it ends by itself; do not warn that nobody waits for it
         post = Post(process.pid, ours)
         await post.ready()
         yield post
+
+
+def _reached(path: Path) -> socket.socket:
+    try:
+        return open_socket(path)
+    except OSError as error:
+        raise QemuError(
+            f"no QEMU answers on {path}: {error.strerror}", "its last words are in `calotype logs`"
+        ) from error
 
 
 def _spawn(descriptors: tuple[int, int]) -> "subprocess.Popen[bytes]":
