@@ -61,15 +61,7 @@ def _who_runs(world: World) -> Qemu:
 
 async def _look_at(world: World, overlays: Iterable[str]) -> dict[str, OverlaySight]:
     in_use = await paths_in_use(world)
-    return {
-        path: OverlaySight(path in in_use, world.qemu is None and _is_written(path))
-        for path in overlays
-        if Path(path).exists()
-    }
-
-
-def _is_written(path: str) -> bool:
-    return images.read_metadata(Path(path)).l2_tables > 0
+    return {path: OverlaySight(in_use=path in in_use) for path in overlays if Path(path).exists()}
 
 
 async def _end_pause(world: World, step: EndPause) -> None:

@@ -33,15 +33,20 @@ async def _create_overlay(_: World, step: CreateOverlay) -> None:
 
 
 async def _remove_overlay(world: World, step: CreateOverlay) -> None:
-    """Remove an overlay, unless the record names it or a device is on it: then it holds data.
+    """Remove an overlay, unless the record names it or a device is on it.
 
-    What it stands on is protected then, for it must not change any more.
+    What it stands on is protected where a device is on it, for it must not change any more; where
+    that is not known, it may be the one that is written to.
     """
     record = world.store.record(world.record.id)
     is_recorded = step.overlay in {disk.active.path for disk in record.disks}
-    if is_recorded or step.overlay in await paths_in_use(world):
+    is_in_use = step.overlay in await paths_in_use(world)
+    if is_in_use:
         await asyncio.to_thread(images.freeze, Path(step.backing.path))
-        raise QemuError(f"{step.overlay} holds the newest writes and stays the active image")
+    if is_in_use or is_recorded:
+        raise QemuError(
+            f"{step.overlay} stays: it is the newest image", "`calotype recover` tries again"
+        )
     Path(step.overlay).unlink(missing_ok=True)
 
 

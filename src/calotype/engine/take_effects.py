@@ -206,6 +206,8 @@ async def _guarded(taking: Taking, step: PassInstant, window: Window) -> Accepte
         end = await pass_through(window, taking.monitor)
         if isinstance(end, Accepted) or end.settled:
             await guard.stand_down()
+        else:
+            taking.monitor.is_silent = True
     return end
 
 

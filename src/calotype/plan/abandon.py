@@ -7,8 +7,9 @@ take fails and when `recover` finds one that was cut off, so it must be right fo
 not begin, was in its midst, or ended long ago.
 
 The guest comes first: it is let run before anything else. Then the disks, each on its own: what was
-written to an overlay is merged back into what it stands on. An overlay that is not merged back is
-never let go of: the record names it, and it stays the newest image.
+written to an overlay is merged back into what it stands on (from one that is empty, nothing). An
+overlay that is not merged back is never let go of: the record names it, and it stays the newest
+image.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,8 +37,6 @@ class OverlaySight(Struct, frozen=True):
 
     in_use: bool
     """A device of the running QEMU is on it."""
-    holds_data: bool
-    """Something was written to it. Not looked at where QEMU runs."""
 
 
 def plan_abandon(
@@ -66,5 +65,5 @@ def _steps(
             case SwitchToOverlay() if (sight := overlays.get(action.overlay)) is not None:
                 if sight.in_use:
                     yield MergeBack(action.overlay, action.base, action.base_mode, action.merge_job)
-                elif qemu == "gone" and sight.holds_data:
+                elif qemu == "gone":
                     yield MergeBackOffline(action.overlay, action.base, action.base_mode)

@@ -23,9 +23,11 @@ from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError
 
 from calotype.errors import ConflictError, HostError, QemuError
 
-GREETING_TIMEOUT_S = 5.0
+GREETING_TIMEOUT_S = 3.0
 REPLY_TIMEOUT_S = 60.0
 """How long QEMU may be silent: a drain and flush of slow storage fits in, a hang does not."""
+SILENT_TIMEOUT_S = 0.5
+"""How long it may be once it was silent for that long."""
 
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
@@ -58,6 +60,8 @@ class Monitor:
     def __init__(self, client: _Client) -> None:
         self._client = client
         self._posted = 0
+        self.is_silent = False
+        """It let us wait in vain; what is asked now is not waited for as long."""
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Send a command and wait for its answer; `_` in argument names stands for `-`.
@@ -72,14 +76,15 @@ class Monitor:
     async def send(self, command: str, arguments: Mapping[str, Any]) -> Any:
         """Send a command with its arguments spelled as QEMU spells them; see `execute`."""
         try:
-            async with asyncio.timeout(REPLY_TIMEOUT_S):
+            async with asyncio.timeout(SILENT_TIMEOUT_S if self.is_silent else REPLY_TIMEOUT_S):
                 return await self._client.execute(command, dict(arguments))
         except ExecuteError as error:
             text = str(error)
             raise CommandRefused(f"QEMU refused {command}: {text}", qemu=text) from error
         except TimeoutError as error:
+            self.is_silent = True
             raise QemuError(
-                f"QEMU has not answered {command} for {REPLY_TIMEOUT_S:g} s",
+                f"QEMU does not answer {command}",
                 "look at its log; a QEMU that hangs is ended by `stop --now`",
             ) from error
         except (QMPError, OSError) as error:  # interrupted, or the connection was gone already

@@ -1,6 +1,6 @@
 """Crash injection: run one command of Calotype, and have something happen at an exact moment.
 
-    python -m calotype.testing.crash MOMENT DEED [--without STEP] WORDS...
+    python -m calotype.testing.crash MOMENT DEED [--without STEP,...] WORDS...
 
 The command is the real one, in a process of its own, on a real QEMU; only the moment is chosen.
 
@@ -23,11 +23,11 @@ kill-qemu          SIGKILL of QEMU
 hang-qemu          SIGSTOP of QEMU
 kill-guard         SIGKILL of the guard of the pause
 EIO, ENOSPC        the effect fails with this error of the host
-ask                a byte goes to descriptor 3, and one is waited for there: the caller does it
+ask:FD             a byte is sent to that socket and one is waited for: the caller does something
 =================  ==============================================================================
 
-`--without` takes out what undoes a kind of step, or the guard: the twin of a test that everything
-is undone. Waits for a QEMU that hangs are shortened, so that hundreds of cells take minutes.
+`--without` takes out what undoes a kind of step, the guard, or the sweep: the twin of a test that
+everything is undone. Waits for a QEMU that hangs are shortened, so that hundreds of cells take minutes.
 """
 
 import asyncio
@@ -38,6 +38,7 @@ import runpy
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,18 +47,18 @@ import msgspec
 from calotype import guard
 from calotype.engine.abandon_effects import ABANDON_EFFECTS
 from calotype.engine.effects import EFFECTS
-from calotype.engine.world import Effect, World
+from calotype.engine.world import Effect
 from calotype.model.vm import Process
 from calotype.plan import window
 from calotype.plan.steps import Step
 from calotype.plan.window import Command, Input, Output, Window
-from calotype.qemu import guarding, migration, monitor
+from calotype.qemu import guarding, migration, monitor, observe
 from calotype.qemu.process import start_ticks
 from calotype.store.files import host_errors
 from calotype.store.journal import Journal
+from calotype.store.store import Store
 
 PATIENCE_S = 2.0
-ASK_FD = 3
 _EFFECTS = cast("dict[type[Step], Effect]", EFFECTS)
 _ABANDON_EFFECTS = cast("dict[type[Step], Effect]", ABANDON_EFFECTS)
 
@@ -89,9 +90,9 @@ def _fail(number: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _ask() -> None:
-    os.write(ASK_FD, b"?")
-    os.read(ASK_FD, 1)
+def _ask(descriptor: int) -> None:
+    os.write(descriptor, b"?")
+    os.read(descriptor, 1)
 
 
 DEEDS: dict[str, Callable[[], None]] = {
@@ -102,7 +103,6 @@ DEEDS: dict[str, Callable[[], None]] = {
     "kill-guard": _kill_guard,
     "EIO": lambda: _fail(errno.EIO),
     "ENOSPC": lambda: _fail(errno.ENOSPC),
-    "ask": _ask,
 }
 
 
@@ -111,7 +111,8 @@ class Striker:
 
     def __init__(self, moment: str, deed: str) -> None:
         self._moment = moment
-        self._deed = DEEDS[deed]
+        word, _, descriptor = deed.partition(":")
+        self._deed = partial(_ask, int(descriptor)) if word == "ask" else DEEDS[deed]
         self._undos = 0
 
     def reach(self, moment: str) -> None:
@@ -176,7 +177,7 @@ def _replace(owner: type, **functions: Callable[..., Any]) -> None:
 
 
 def take_out(mechanism: str) -> None:
-    """Take out what undoes a kind of step, a step of the abandoning of an instant, or the guard."""
+    """Take out what undoes a kind of step or an instant; the guard; or the sweep of recover."""
     for kind, effect in _EFFECTS.items():
         if kind.__name__ == mechanism:
             _EFFECTS[kind] = Effect(effect.apply)
@@ -185,9 +186,12 @@ def take_out(mechanism: str) -> None:
             _ABANDON_EFFECTS[kind] = Effect(_do_nothing)
     if mechanism == "guard":
         guarding.posted = _no_guard  # type: ignore[assignment]
+    if mechanism == "sweep":
+        _replace(Store, sweep=lambda store, vm_id: None)  # noqa: ARG005 - its signature
+        observe.sweep = _do_nothing  # type: ignore[assignment]
 
 
-async def _do_nothing(world: World, step: Step) -> None:
+async def _do_nothing(*_: object) -> None:
     """Have no effect."""
 
 
@@ -212,7 +216,8 @@ def main(words: Sequence[str]) -> None:
     monitor.REPLY_TIMEOUT_S = migration.SETTLE_S = PATIENCE_S
     window.GRACE_MS = PATIENCE_S * 1000
     if rest[0] == "--without":
-        take_out(rest[1])
+        for mechanism in rest[1].split(","):
+            take_out(mechanism)
         rest = rest[2:]
     striker = Striker(moment, deed)
     striker.watch_journal()
