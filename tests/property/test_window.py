@@ -23,6 +23,7 @@ from calotype.plan.window import (
     Failed,
     Failure,
     Input,
+    Interrupt,
     Lost,
     Reply,
     State,
@@ -250,6 +251,22 @@ def test_a_stranger_who_had_paused_the_vm_is_not_overruled() -> None:
     assert isinstance(end, Failed)
     assert end.reason == "the guest was already stopped when the pause was to begin"
     assert end.settled
+
+
+@pytest.mark.parametrize("had_paused", [True, False])
+def test_a_retreat_before_stop_is_answered_learns_who_stopped_the_guest(
+    *, had_paused: bool
+) -> None:
+    window = Window("live", was_running=True, migrate={"uri": "x"}, actions=[], limit_ms=1000.0)
+    window.begin()
+    assert window.feed(Interrupt()) == [Command("query-migrate", {})]
+    if not had_paused:
+        assert window.feed(Event("STOP", 1)) == []
+    window.feed(Reply("stop", {}))
+    assert window.feed(Reply("query-migrate", {})) == [Command("query-status", {})]
+    outputs = window.feed(Reply("query-status", {"running": False}))
+    ended = Failed("interrupted", limit=False, settled=True)
+    assert outputs == ([ended] if had_paused else [Command("cont", {})])
 
 
 def test_the_pause_limit_leads_to_the_retreat_and_names_itself() -> None:

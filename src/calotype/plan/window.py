@@ -246,7 +246,6 @@ class Window:
         self.state = State.BEGIN
         self._table = TABLES[method, was_running]
         self._quiet = _STORAGE_ONLY_QUIET if method == "storage-only" else _QUIET
-        self._must_run = was_running
         self._limit_ms = limit_ms
         self._arguments: dict[str, Mapping[str, Any]] = {
             "migrate": migrate,
@@ -270,12 +269,12 @@ class Window:
             self._elapsed_ms = arrived.elapsed_ms
         if isinstance(arrived, Lost):
             return self._fail(arrived.text, settled=False)
+        if isinstance(arrived, Event):
+            self._note_time(arrived)
         if self._retreat is not None:
             return self._retreat_on(self._retreat, arrived)
         if isinstance(arrived, Interrupt):
             return self._turn_back("interrupted")
-        if isinstance(arrived, Event):
-            self._note_time(arrived)
         if isinstance(arrived, Tick) and self._is_late():
             return self._turn_back(
                 f"the pause reached its limit of {self._limit_ms:g} ms", late=True
@@ -293,8 +292,6 @@ class Window:
 
     def _move(self, trigger: str, arrived: Input | None = None) -> list[Output]:
         row = self._table.get((self.state, trigger))
-        if trigger == "ok stop" and self.state is State.STOPPING:
-            self._must_run = False  # no STOP event: somebody else had paused it, and it stays so
         if row is None:
             return [] if trigger in self._quiet else self._turn_back(_complaint(trigger, arrived))
         self.state, command = row
@@ -310,8 +307,15 @@ class Window:
         """Begin the retreat; *reason* is the error that the caller will see."""
         self.state = State.RETREATING
         self._retreat = _Retreat(reason, late, self._elapsed_ms + GRACE_MS)
-        self._must_run = self._must_run and "stop" in self._sent
-        return [*([self._send("cont")] if self._must_run else []), *self._cancel()]
+        return [*([self._send("cont")] if self._must_run() else []), *self._cancel()]
+
+    def _must_run(self) -> bool:
+        """Whether the guest stands still because of our `stop`, as far as is known.
+
+        Without a STOP event somebody else had paused it before, and it stays so. In a retreat that
+        began before `stop` was answered, the event may come yet.
+        """
+        return "stop" in self._sent and self._stop_us is not None
 
     def _cancel(self) -> list[Output]:
         """Cancel the save, if there may be one, and ask how far that is."""
@@ -330,7 +334,7 @@ class Window:
                 retreat.waiting = True
             case Reply("query-migrate", _):
                 return [self._send("query-status")]
-            case Reply("query-status", value) if value["running"] or not self._must_run:
+            case Reply("query-status", value) if value["running"] or not self._must_run():
                 return self._fail("", settled=True)
             case Reply("query-status", _):
                 retreat.waiting = True
