@@ -27,7 +27,7 @@ ask:FD             a byte is sent to that socket and one is waited for: the call
 =================  ==============================================================================
 
 `--without` takes out what undoes a kind of step, the guard, or the sweep: the twin of a test that
-everything is undone. Waits for a QEMU that hangs are shortened, so that hundreds of cells take minutes.
+everything is undone. Waits for a QEMU that hangs are shortened: hundreds of cells take minutes.
 """
 
 import asyncio
