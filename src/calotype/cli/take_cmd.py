@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calotype.cli.output import Settings, common, is_terminal, run_async, say, size
+from calotype.cli.output import UNDONE, Finite, Settings, common, is_terminal, run_async, say, size
 
 if TYPE_CHECKING:
     from calotype.engine.progress import Progress
@@ -36,7 +36,7 @@ _KINDS = ("external", "internal", "skip")
 )
 @click.option(
     "--pause-limit",
-    type=click.FloatRange(min=1.0),
+    type=Finite(min=1.0),
     default=2000.0,
     show_default=True,
     metavar="MS",
@@ -69,9 +69,13 @@ def command(
     The guest stands still for milliseconds; its RAM is saved while it runs on.
     """
     from calotype.engine import operations  # noqa: PLC0415
+    from calotype.model import names  # noqa: PLC0415
     from calotype.plan.take import TakeRequest  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
+    names.check_tag(tag)
+    names.check_description(description)
+    _refuse_contradiction(machine_state, method)
     store = Store(settings.store_path)
     request = TakeRequest(machine_state, method, pause_limit, _disk_kinds(disks))
     if plan_only:
@@ -86,9 +90,21 @@ def command(
         manifest = run_async(
             operations.take(
                 store, name, request, tag=tag, description=description, progress=progress
-            )
+            ),
+            UNDONE,
         )
     _say_taken(settings, manifest, quiet)
+
+
+def _refuse_contradiction(machine_state: str, method: str) -> None:
+    from calotype.errors import RequestError  # noqa: PLC0415
+
+    if machine_state == "none" and method == "paused":
+        raise RequestError(
+            "--method paused says how the machine state is saved, and --machine-state none says"
+            " that it is not",
+            "leave one of them out",
+        )
 
 
 def _disk_kinds(words: tuple[str, ...]) -> dict[str, Any]:

@@ -45,13 +45,18 @@ def host_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        number = error.errno or 0
-        raise HostError(
-            f"{path}: {error.strerror or error}",
-            _REMEDIES.get(number, ""),
-            path=str(path),
-            errno=errno.errorcode.get(number, str(number)),
-        ) from error
+        raise host_error(path, error) from error
+
+
+def host_error(path: Path | str, error: OSError) -> HostError:
+    """The error of ours for what the system said of *path*."""
+    number = error.errno or 0
+    return HostError(
+        f"{path}: {error.strerror or error}",
+        _REMEDIES.get(number, "look into the kernel log, and whether the file system is sound"),
+        path=str(path),
+        errno=errno.errorcode.get(number, str(number)),
+    )
 
 
 def write_atomically(path: Path, data: bytes, mode: int = _PRIVATE_FILE_MODE) -> None:

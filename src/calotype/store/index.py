@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from calotype.model.names import is_text
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import VmRecord
 
@@ -149,7 +150,7 @@ class Index:
 
     def vm_named(self, name: str) -> str | None:
         """The id of the VM called *name*; bytes that are no text name none."""
-        if not _is_text(name):
+        if not is_text(name):
             return None
         with self._open() as database:
             row = database.execute("SELECT id FROM vms WHERE name = ?", (name,)).fetchone()
@@ -185,11 +186,6 @@ def _make_tables(database: sqlite3.Connection) -> None:
     for statement in filter(str.strip, _SCHEMA.split(";")):
         database.execute(statement)
     database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-
-def _is_text(name: str) -> bool:
-    """Whether SQLite can hold it: an argument that is not UTF-8 reaches Python as surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _put_vm(database: sqlite3.Connection, record: VmRecord) -> None:

@@ -26,7 +26,7 @@ from builders import (
 )
 from calotype.cli.list_cmd import draw
 from calotype.cli.main import COMMANDS, main
-from calotype.cli.output import report_error, run_async, size
+from calotype.cli.output import UNDONE, report_error, run_async, size
 from calotype.engine import operations
 from calotype.errors import FAMILIES, CalotypeError, InterruptError, QemuError
 from calotype.model.snapshot import Manifest, Timings
@@ -118,11 +118,18 @@ def test_the_version_is_told(calotype: Calotype) -> None:
         ("take", "web", "--machine-state", "some"),
         ("take", "web", "--method", "quick"),
         ("take", "web", "--pause-limit", "0"),
+        ("take", "web", "--pause-limit", "nan"),
+        ("take", "web", "--pause-limit", "inf"),
+        ("take", "web", "--machine-state", "none", "--method", "paused"),
         ("take", "-x"),
         ("restore", "web", "--run-state", "off"),
         ("list", "one", "two"),
         ("doctor",),
         ("stop", "web", "--timeout", "soon"),
+        ("stop", "web", "--timeout", "-1"),
+        ("stop", "web", "--timeout", "0"),
+        ("stop", "web", "--timeout", "nan"),
+        ("stop", "web", "--timeout", "inf"),
     ],
 )
 def test_words_that_are_wrong_are_exit_code_2(calotype: Calotype, words: tuple[str, ...]) -> None:
@@ -346,7 +353,7 @@ def test_a_second_interrupt_is_answered(capsys: pytest.CaptureFixture[str]) -> N
             await asyncio.sleep(60)
 
     with pytest.raises(InterruptError):
-        run_async(work())
+        run_async(work(), UNDONE)
     assert capsys.readouterr().err == "calotype: undoing what was begun; please wait\n"
 
 
