@@ -12,6 +12,7 @@ it and anybody may remove it. Failures of the host become a `HostError` here, on
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,7 @@ def _fill(fd: int, data: bytes, mode: int) -> None:
 def _make_private(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.fchmod(fd, _PRIVATE_DIRECTORY_MODE)
+        if stat.S_IMODE(os.fstat(fd).st_mode) != _PRIVATE_DIRECTORY_MODE:
+            os.fchmod(fd, _PRIVATE_DIRECTORY_MODE)
     finally:
         os.close(fd)
