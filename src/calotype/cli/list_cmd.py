@@ -1,15 +1,16 @@
 """`calotype list`: the snapshots of each VM as a tree, with where it stands now."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from calotype.cli.output import Settings, common, say, size
+from calotype.cli.output import Settings, common, say_with_damage, size
 
 if TYPE_CHECKING:
     from calotype.model.vm import VmRecord
     from calotype.store.index import SnapshotEntry
+    from calotype.store.store import Store
 
 
 @click.command("list")
@@ -23,14 +24,18 @@ def command(settings: Settings, name: str | None, quiet: bool) -> None:
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path)
-    records = [store.find(name)] if name is not None else store.records()
+    records, damage = ([store.find(name)], []) if name is not None else store.sound_records()
+    for record in records:
+        damage += store.sound_manifests(record.id)[1]
     entries = {record.id: store.index.snapshots(record.id) for record in records}
+    places = {record.id: place(store, record) for record in records}
     told = {
         "vms": [
             {
                 "name": record.name,
                 "vm_id": record.id,
-                "now": record.parent,
+                "now": places[record.id].parent,
+                "under_way": places[record.id].under_way,
                 "snapshots": msgspec.to_builtins(entries[record.id]),
             }
             for record in records
@@ -41,18 +46,41 @@ def command(settings: Settings, name: str | None, quiet: bool) -> None:
         lines += (
             [entry.id for entry in entries[record.id]]
             if quiet
-            else [record.name, *draw(record, entries[record.id])]
+            else [record.name, *draw(places[record.id], entries[record.id])]
         )
-    say(settings, told, lines)
+    say_with_damage(settings, told, lines, store.damage + damage)
 
 
-def draw(record: "VmRecord", entries: "Sequence[SnapshotEntry]") -> list[str]:
-    """The tree of one VM's snapshots, a line each; a snapshot without a known parent is a root."""
+class Place(NamedTuple):
+    """Where a VM stands now."""
+
+    parent: str | None
+    """The snapshot that it descends from, if that is complete."""
+    under_way: str | None = None
+    """The snapshot that is being taken: it is recorded ahead of its manifest."""
+
+
+def place(store: "Store", record: "VmRecord") -> Place:
+    """Where a VM stands now."""
+    parent = record.parent
+    if parent is not None and store.is_under_way(record.id, parent):
+        return Place(None, parent)
+    return Place(parent)
+
+
+def draw(place: Place, entries: "Sequence[SnapshotEntry]") -> list[str]:
+    """The tree of one VM's snapshots, a line each; a snapshot without a known parent is a root.
+
+    While a snapshot is under way, what the VM stood on before it is recorded nowhere: `now` is no
+    branch of the tree then.
+    """
     known = {entry.id for entry in entries}
     children: dict[str | None, list[SnapshotEntry | None]] = {}
     for entry in entries:
         children.setdefault(entry.parent if entry.parent in known else None, []).append(entry)
-    children.setdefault(record.parent if record.parent in known else None, []).append(None)
+    if place.under_way is not None:
+        return [*_lines(children), f"now: a snapshot is under way ({place.under_way})"]
+    children.setdefault(place.parent if place.parent in known else None, []).append(None)
     return list(_lines(children))
 
 

@@ -13,14 +13,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import click
 import msgspec
 
-from calotype.errors import CalotypeError, HostError, InterruptError
+from calotype.errors import CalotypeError, HostError, InterruptError, StoreError
 
 SCHEMA = 1
 
@@ -111,6 +111,19 @@ def say(settings: Settings, value: Mapping[str, Any], lines: Sequence[str]) -> N
         return
     for line in lines:
         _print(line)
+
+
+def say_with_damage(
+    settings: Settings,
+    value: Mapping[str, Any],
+    lines: Sequence[str],
+    damage: Iterable[StoreError],
+) -> None:
+    """Print what could be found out, and name the files that are in the way of the rest."""
+    found = list({str(error): error for error in damage}.values())
+    say(settings, {**value, "damaged": [error_members(error) for error in found]}, lines)
+    for error in found:
+        tell_error(error)
 
 
 def _print(said: str | bytes) -> None:

@@ -11,6 +11,7 @@ from calotype.cli.output import Settings, common, say, size, snapshot_choice
 if TYPE_CHECKING:
     from calotype.model.snapshot import Manifest, StoragePart
     from calotype.model.vm import VmRecord
+    from calotype.store.store import Store
 
 
 @click.command("show")
@@ -29,7 +30,7 @@ def command(
     store = Store(settings.store_path)
     record = store.find(name)
     if id_prefix is None and tag is None and not latest:
-        say(settings, {"vm": msgspec.to_builtins(record)}, list(_vm_lines(record)))
+        say(settings, {"vm": msgspec.to_builtins(record)}, list(_vm_lines(store, record)))
         return
     entry = select(store, record, id_prefix=id_prefix, tag=tag, latest=latest)
     manifest = store.manifest(record.id, entry.id)
@@ -37,9 +38,11 @@ def command(
     say(settings, told, list(_snapshot_lines(manifest)))
 
 
-def _vm_lines(record: "VmRecord") -> Iterator[str]:
+def _vm_lines(store: "Store", record: "VmRecord") -> Iterator[str]:
     yield f"{record.name}  ({record.id})"
-    yield f"descends from: {record.parent or 'no snapshot'}"
+    is_under_way = record.parent is not None and store.is_under_way(record.id, record.parent)
+    under_way = "a snapshot under way, " * is_under_way
+    yield f"descends from: {under_way}{record.parent or 'no snapshot'}"
     for disk in record.disks:
         yield f"disk {disk.name}: active image {disk.active.path} ({disk.active.format})"
         if disk.active != disk.origin:

@@ -24,7 +24,7 @@ from builders import (
     make_part,
     make_record,
 )
-from calotype.cli.list_cmd import draw
+from calotype.cli.list_cmd import Place, draw
 from calotype.cli.main import COMMANDS, main
 from calotype.cli.output import UNDONE, report_error, run_async, size
 from calotype.engine import operations
@@ -501,7 +501,7 @@ def entry(snapshot: str, parent: str | None = None, **changes: Any) -> SnapshotE
 
 def shape(now: str | None, *entries: SnapshotEntry) -> list[str]:
     """The tree, each snapshot as its id alone."""
-    return [line.partition("  2025-")[0] for line in draw(make_record(parent=now), entries)]
+    return [line.partition("  2025-")[0] for line in draw(Place(now), entries)]
 
 
 TREES: dict[str, tuple[str | None, list[SnapshotEntry], list[str]]] = {
@@ -563,7 +563,23 @@ def test_snapshots_are_drawn_as_a_tree(name: str) -> None:
 def test_a_snapshot_is_one_line_whatever_the_user_wrote(
     changes: dict[str, Any], label: str
 ) -> None:
-    assert draw(make_record(), [entry("a", None, **changes)])[0] == f"├── {label}"
+    assert draw(Place(None), [entry("a", None, **changes)])[0] == f"├── {label}"
+
+
+def test_a_snapshot_under_way_is_no_root(calotype: Calotype, root: Path) -> None:
+    """The record names a snapshot from before the instant on; its manifest is written last."""
+    keep(root, make_record(parent=OTHER), make_manifest())
+    Store(root).make_snapshot_folder(VM_ID, OTHER)
+    heading, first, now = calotype("list").out.splitlines()
+    assert heading == "web"
+    assert first.startswith(f"└── {SNAPSHOT}  ")
+    assert now == f"now: a snapshot is under way ({OTHER})"
+    (vm,) = calotype("list", "--json").json["vms"]
+    assert (vm["now"], vm["under_way"]) == (None, OTHER)
+    assert f"descends from: a snapshot under way, {OTHER}\n" in calotype("show", "web").out
+    Store(root).commit(make_manifest(id=OTHER, parent=SNAPSHOT))
+    (vm,) = calotype("list", "--json").json["vms"]
+    assert (vm["now"], vm["under_way"]) == (OTHER, None)
 
 
 def test_a_long_chain_is_drawn_too() -> None:
@@ -691,6 +707,56 @@ def test_logs_are_text_in_json(calotype: Calotype, root: Path) -> None:
     assert calotype("logs", "web", "--json").json == {
         "schema": 1, "vm": "web", "text": "login: \ufffd\n",
     }  # fmt: skip
+
+
+DAMAGED: dict[str, tuple[str, set[str], list[str]]] = {
+    "record": ("record.json", {"ps", "list"}, ["web"]),
+    "process": ("process.json", {"ps"}, ["mail", "web"]),
+    "manifest": (f"snapshots/{OTHER}/manifest.json", {"list"}, ["mail", "web"]),
+}
+"""The file, the commands that look into it, and the VMs that are known without it."""
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+@pytest.mark.parametrize("word", ["ps", "list"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named_and_hides_nothing_else(
+    calotype: Calotype, root: Path, name: str, word: str, is_indexed: bool
+) -> None:
+    file, readers, names = DAMAGED[name]
+    keep(root, make_record(), make_manifest())
+    keep(root, make_record(id=OTHER, name="mail"), make_manifest(id=OTHER, vm_id=OTHER))
+    path = root / "vms" / OTHER / file
+    path.write_text("{")
+    if not is_indexed:
+        (root / "index.sqlite").unlink()
+    said = calotype(word, "--json")
+    assert said.code == 0
+    assert [vm["name"] for vm in said.json["vms"]] == names
+    is_looked_at = word in readers or (not is_indexed and name != "process")
+    assert [error["path"] for error in said.json["damaged"]] == [str(path)] * is_looked_at
+    assert all(error["remedy"] for error in said.json["damaged"])
+    assert (str(path) in said.err) == is_looked_at
+    assert calotype("show", "web", "--latest").code == 0
+
+
+def test_a_damaged_record_keeps_its_name_as_long_as_the_index_knows_it(
+    calotype: Calotype, root: Path
+) -> None:
+    keep(root)
+    (root / "vms" / VM_ID / "record.json").write_text("{")
+    said = calotype("doctor", "--rebuild", "--json")
+    assert (said.code, said.json["error"]["path"]) == (10, f"{root}/vms/{VM_ID}/record.json")
+    assert calotype("show", "web").code == 10
+
+
+def test_doctor_names_each_damaged_file(calotype: Calotype, root: Path) -> None:
+    keep(root, make_record(), make_manifest(), make_manifest(id=OTHER))
+    for snapshot in (SNAPSHOT, OTHER):
+        (Store(root).snapshot_folder(VM_ID, snapshot) / "manifest.json").write_text("{")
+    said = calotype("doctor", "--rebuild")
+    assert said.code == 10
+    assert [snapshot in said.err for snapshot in (SNAPSHOT, OTHER)] == [True, True]
 
 
 def test_doctor_counts_what_it_found(calotype: Calotype, root: Path) -> None:

@@ -367,7 +367,7 @@ def test_an_interrupt_outside_of_the_work_has_one_line_too(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "records", interrupted)
+    monkeypatch.setattr(Store, "sound_records", interrupted)
     code, told, lines = failing(capsys, "list")
     assert (code, told["problem"]) == (130, "stopped")
     assert len(lines) == 2
