@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calotype.cli.output import UNDONE, Finite, Settings, common, is_terminal, run_async, say, size
+from calotype.cli.output import (
+    UNDONE,
+    Finite,
+    Settings,
+    common,
+    error_members,
+    is_terminal,
+    run_async,
+    say,
+    size,
+    tell_error,
+)
 
 if TYPE_CHECKING:
     from calotype.engine.progress import Progress
@@ -80,11 +91,7 @@ def command(
     request = TakeRequest(machine_state, method, pause_limit, _disk_kinds(disks))
     if plan_only:
         plan = run_async(operations.plan_only(store, name, request))
-        _say_plan(settings, plan)
-        if plan.blockers:
-            from calotype.errors import BlockedError  # noqa: PLC0415
-
-            raise click.exceptions.Exit(BlockedError.exit_code)
+        _say_plan(settings, name, plan)
         return
     with _bar(quiet or settings.as_json) as progress:
         manifest = run_async(
@@ -123,10 +130,19 @@ def _disk_kinds(words: tuple[str, ...]) -> dict[str, Any]:
     return kinds
 
 
-def _say_plan(settings: Settings, plan: "TakePlan") -> None:
+def _say_plan(settings: Settings, name: str, plan: "TakePlan") -> None:
+    """Print a plan; one that is blocked is printed whole too, and then fails."""
     import msgspec  # noqa: PLC0415
 
-    say(settings, {"plan": msgspec.to_builtins(plan)}, list(_plan_lines(plan)))
+    from calotype.plan.take import as_error  # noqa: PLC0415
+
+    error = as_error(name, plan) if plan.blockers else None
+    told = {"plan": msgspec.to_builtins(plan)}
+    told |= {"error": error_members(error)} if error else {}
+    say(settings, told, list(_plan_lines(plan)))
+    if error:
+        tell_error(error)
+        raise click.exceptions.Exit(error.exit_code)
 
 
 def _plan_lines(plan: "TakePlan") -> Iterator[str]:

@@ -32,6 +32,7 @@ from calotype.errors import FAMILIES, CalotypeError, InterruptError, QemuError
 from calotype.model.snapshot import Manifest, Timings
 from calotype.model.vm import Image, VmRecord
 from calotype.plan.take import TakePlan, TakeRequest, plan_take
+from calotype.store import images
 from calotype.store.index import SnapshotEntry, entry_of
 from calotype.store.store import Store
 
@@ -490,6 +491,23 @@ def test_a_plan_says_all_and_ends_with_whether_it_can_be_carried_out(
     assert told.code == code
     assert told.json["plan"]["snapshot"] == SNAPSHOT
     assert len(told.json["plan"]["blockers"]) == len(plan.blockers)
+    assert ("error" in told.json) == bool(plan.blockers)
+    assert bool(said.err) == bool(plan.blockers)
+
+
+def test_a_plan_that_is_blocked_is_told_with_its_error(
+    monkeypatch: pytest.MonkeyPatch, calotype: Calotype
+) -> None:
+    async def plan_only(*_: Any) -> TakePlan:
+        facts = make_facts(block_jobs=("mirror0",), strays=("a stray",))
+        return plan_take(facts, make_record(), TakeRequest(), SNAPSHOT)
+
+    monkeypatch.setattr(operations, "plan_only", plan_only)
+    error = calotype("take", "web", "--plan", "--json").json["error"]
+    assert error["family"] == "blocked"
+    assert error["problem"] == "no snapshot of 'web' can be taken: a stray (and 1 more: see --plan)"
+    assert len(error["blockers"]) == 2
+    assert error["remedy"] == error["blockers"][0][1]
 
 
 # --- list ----------------------------------------------------------------------------------------
@@ -650,6 +668,42 @@ def test_show_tells_which_image_is_the_active_one(calotype: Calotype, root: Path
     assert f"the command line names {disk_path(0)}, which is frozen\n" in said.out
     assert "qemu-system-x86_64 -m 1G -drive file=disk0.qcow2,if=virtio\n" in said.out
     assert calotype("show", "web", "--json").json["vm"]["id"] == record.id
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_immutable", "protection", "words"),
+    [
+        (0o444, True, "immutable", "frozen: immutable, for root too"),
+        (0o444, False, "read-only", "frozen: read-only by its mode alone"),
+        (0o644, False, "writable", "not frozen"),
+        (None, False, "missing", "missing"),
+    ],
+)
+def test_show_tells_how_a_frozen_image_is_protected(
+    calotype: Calotype,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: int | None,
+    is_immutable: bool,
+    protection: str,
+    words: str,
+) -> None:
+    path = tmp_path / "disk0.qcow2"
+    if mode is not None:
+        path.touch(mode)
+        path.chmod(mode)
+    monkeypatch.setattr(images, "_flags", lambda _: 0x10 * is_immutable)
+    origin = Image(str(path), "qcow2")
+    keep(
+        root,
+        make_record([make_disk_record(origin=origin)]),
+        make_manifest([make_part(image=origin), make_part(1, "internal"), make_part(2, "skip")]),
+    )
+    for choice in ((), ("--latest",)):
+        assert f"  {words}" in calotype("show", "web", *choice).out
+        told = calotype("show", "web", *choice, "--json").json["protection"]
+        assert told == {str(path): protection}
 
 
 @pytest.mark.parametrize("choice", [("--latest",), ("--tag", "x"), ("--id", SNAPSHOT[:-1])])
