@@ -31,8 +31,7 @@ def command(settings: Settings, name: str, now: bool, timeout: float) -> None:
 
 def _not_awaited(name: str) -> Stopped:
     """A power button that was pressed cannot be undone."""
-    named = shlex.quote(name)
     return Stopped(
         "stopped waiting: the power button may be pressed, and the guest powering off",
-        f"`calotype ps` tells whether it is off, `calotype stop --now {named}` ends it",
+        f"`calotype ps` tells whether it is off, `calotype stop --now {shlex.quote(name)}` ends it",
     )
