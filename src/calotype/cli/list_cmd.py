@@ -1,5 +1,6 @@
 """`calotype list`: the snapshots of each VM as a tree, with where it stands now."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,7 +56,7 @@ class Place(NamedTuple):
     """Where a VM stands now."""
 
     parent: str | None
-    """The snapshot that it descends from, if that is complete."""
+    """The snapshot that it descends from: while another is being taken, as before that."""
     under_way: str | None = None
     """The snapshot that is being taken: it is recorded ahead of its manifest."""
 
@@ -63,25 +64,38 @@ class Place(NamedTuple):
 def place(store: "Store", record: "VmRecord") -> Place:
     """Where a VM stands now."""
     parent = record.parent
-    if parent is not None and store.is_under_way(record.id, parent):
-        return Place(None, parent)
-    return Place(parent)
+    if parent is None or not store.is_under_way(record.id, parent):
+        return Place(parent)
+    return Place(_parent_before(store, record.id, parent), parent)
+
+
+def _parent_before(store: "Store", vm_id: str, snapshot: str) -> str | None:
+    """What a VM descended from before a snapshot was begun, as its journal has it; else None."""
+    from calotype.errors import StoreError  # noqa: PLC0415
+    from calotype.store import journal  # noqa: PLC0415
+
+    for path in store.unfinished(vm_id):
+        with contextlib.suppress(StoreError, OSError):  # it may just have ended
+            match journal.read(path)[:1]:
+                case (journal.Began(snapshot=about, record=record),) if about == snapshot:
+                    return record.parent
+    return None
 
 
 def draw(place: Place, entries: "Sequence[SnapshotEntry]") -> list[str]:
     """The tree of one VM's snapshots, a line each; a snapshot without a known parent is a root.
 
-    While a snapshot is under way, what the VM stood on before it is recorded nowhere: `now` is no
-    branch of the tree then.
+    While one is under way, `now` is where it was before; where nobody knows, it is no branch.
     """
     known = {entry.id for entry in entries}
     children: dict[str | None, list[SnapshotEntry | None]] = {}
     for entry in entries:
         children.setdefault(entry.parent if entry.parent in known else None, []).append(entry)
-    if place.under_way is not None:
-        return [*_lines(children), f"now: a snapshot is under way ({place.under_way})"]
+    under_way = f"a snapshot is under way: {place.under_way}"
+    if place.under_way is not None and place.parent is None:
+        return [*_lines(children), under_way]
     children.setdefault(place.parent if place.parent in known else None, []).append(None)
-    return list(_lines(children))
+    return [*_lines(children), *([under_way] if place.under_way is not None else [])]
 
 
 def _lines(children: "Mapping[str | None, Sequence[SnapshotEntry | None]]") -> Iterator[str]:

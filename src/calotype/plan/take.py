@@ -229,7 +229,7 @@ def _request_blockers(facts: Facts, request: TakeRequest) -> Iterator[Blocker]:
     if facts.run_state not in _CAN_BE_TAKEN[request.machine_state]:
         yield Blocker(
             f"the VM is in run state {facts.run_state!r}",
-            "let it run first: `calotype start` does where it is paused",
+            "let it run first: `calotype start NAME` does where it is paused",
         )
 
 

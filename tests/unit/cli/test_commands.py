@@ -30,10 +30,11 @@ from calotype.cli.output import UNDONE, report_error, run_async, size
 from calotype.engine import operations
 from calotype.errors import FAMILIES, CalotypeError, InterruptError, QemuError
 from calotype.model.snapshot import Manifest, Timings
-from calotype.model.vm import Image, VmRecord
+from calotype.model.vm import Image, Process, VmRecord
 from calotype.plan.take import TakePlan, TakeRequest, plan_take
 from calotype.store import images
 from calotype.store.index import SnapshotEntry, entry_of
+from calotype.store.journal import Began, Journal
 from calotype.store.store import Store
 
 
@@ -584,20 +585,39 @@ def test_a_snapshot_is_one_line_whatever_the_user_wrote(
     assert draw(Place(None), [entry("a", None, **changes)])[0] == f"├── {label}"
 
 
-def test_a_snapshot_under_way_is_no_root(calotype: Calotype, root: Path) -> None:
+def under_way(root: Path, record: VmRecord) -> None:
     """The record names a snapshot from before the instant on; its manifest is written last."""
-    keep(root, make_record(parent=OTHER), make_manifest())
-    Store(root).make_snapshot_folder(VM_ID, OTHER)
+    keep(root, record, make_manifest())
+    store = Store(root)
+    store.make_snapshot_folder(VM_ID, OTHER)
+    store.save(replace(record, parent=OTHER))
+
+
+def test_a_snapshot_under_way_is_no_root(calotype: Calotype, root: Path) -> None:
+    under_way(root, make_record())
     heading, first, now = calotype("list").out.splitlines()
     assert heading == "web"
     assert first.startswith(f"└── {SNAPSHOT}  ")
-    assert now == f"now: a snapshot is under way ({OTHER})"
+    assert now == f"a snapshot is under way: {OTHER}"
     (vm,) = calotype("list", "--json").json["vms"]
     assert (vm["now"], vm["under_way"]) == (None, OTHER)
     assert f"descends from: a snapshot under way, {OTHER}\n" in calotype("show", "web").out
     Store(root).commit(make_manifest(id=OTHER, parent=SNAPSHOT))
     (vm,) = calotype("list", "--json").json["vms"]
     assert (vm["now"], vm["under_way"]) == (OTHER, None)
+
+
+def test_while_a_snapshot_is_under_way_now_is_where_it_was(calotype: Calotype, root: Path) -> None:
+    record = make_record(parent=SNAPSHOT)
+    under_way(root, record)
+    owner = Process(os.getpid(), 1)
+    began = Began("take", "c" * 16, OTHER, "2025-01-02T03:04:05+00:00", owner, None, record, ())
+    Journal.begin(Store(root).folder(VM_ID), began)
+    _, first, now, told = calotype("list").out.splitlines()
+    assert first.startswith(f"└── {SNAPSHOT}  ")
+    assert (now, told) == ("    └── now", f"a snapshot is under way: {OTHER}")
+    (vm,) = calotype("list", "--json").json["vms"]
+    assert (vm["now"], vm["under_way"]) == (SNAPSHOT, OTHER)
 
 
 def test_a_long_chain_is_drawn_too() -> None:
