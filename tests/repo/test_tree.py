@@ -119,7 +119,6 @@ def test_the_tree_names_no_error_that_there_is_not() -> None:
 
 
 NO_REMEDY_NEEDED = {
-    "calotype/engine/disk_effects.py": "a failed job's own words are all there is so far",
     "calotype/engine/restore_effects.py": "that the guest does not run is all there is so far",
     "calotype/engine/take_effects.py": "what is said of an instant that failed is all there is",
     "calotype/qemu/guarding.py": "QEMU's own words are all there is so far",
