@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -115,6 +116,93 @@ def test_a_family_stands_in_the_tree_with_its_exit_code(family: type[CalotypeErr
 def test_the_tree_names_no_error_that_there_is_not() -> None:
     for name in re.findall(r"[├└]── (\w+)", errors.__doc__ or ""):
         assert issubclass(getattr(errors, name), CalotypeError)
+
+
+NO_REMEDY_NEEDED = {
+    "calotype/engine/restore_effects.py": "that the guest does not run is all there is so far",
+    "calotype/engine/take_effects.py": "what is said of an instant that failed is all there is",
+    "calotype/qemu/guarding.py": "QEMU's own words are all there is so far",
+    "calotype/store/journal.py": "a journal that cannot be read is named, and no more so far",
+    "calotype/testing/machine.py": "it tells what the command told, remedy and all",
+}
+"""Modules whose errors may say only what is wrong, and why."""
+
+
+def kinds_of_errors() -> set[str]:
+    """The names of all classes of errors of ours, wherever they are defined."""
+    known = {CalotypeError.__name__}
+    trees = [ast.parse(path.read_text()) for path in SOURCES]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    for _ in classes:
+        known |= {each.name for each in classes if {ast.unparse(b) for b in each.bases} & known}
+    return known
+
+
+def without_remedy(path: Path, kinds: set[str]) -> Iterator[int]:
+    """The lines on which an error of ours is made without a word on what to do."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in kinds):
+            continue
+        named = [word.value for word in node.keywords if word.arg == "remedy"]
+        remedy = node.args[1] if len(node.args) > 1 else next(iter(named), None)
+        is_empty = isinstance(remedy, ast.Constant) and not str(remedy.value).strip()
+        if remedy is None or is_empty:
+            yield node.lineno
+
+
+@by_module
+def test_every_error_says_what_to_do(path: Path) -> None:
+    name = str(path.relative_to(ROOT / "src"))
+    lines = list(without_remedy(path, kinds_of_errors()))
+    assert lines == [] or name in NO_REMEDY_NEEDED
+
+
+def test_an_error_without_a_remedy_would_be_found(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text(
+        "raise StoreError('a')\nraise errors.StoreError('a', '')\nCommandRefused('a', remedy=' ')\n"
+        "raise StoreError('a', 'b')\nStoreError(problem, error.remedy)\nraise ValueError('a')\n"
+    )
+    assert list(without_remedy(source, kinds_of_errors())) == [1, 2, 3]
+
+
+NOT_TYPED_YET = {"calotype/engine/restore_effects.py", "calotype/qemu/guarding.py"}
+"""Modules that still suggest commands without a name, or with one as it is."""
+
+LACKS_ITS_NAME = re.compile(
+    r"`calotype (console|forget|list|logs|restore|show|start|stop)( -\S+)*`"
+)
+OPEN_COMMAND = re.compile(r"`calotype [^`]*$")
+
+
+def bad_suggestions(path: Path) -> Iterator[str]:
+    """Commands in the texts of a module that lack the VM, or name it without quoting it."""
+    tree = ast.parse(path.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield from (found[0] for found in LACKS_ITS_NAME.finditer(node.value))
+        if isinstance(node, ast.JoinedStr):
+            for text, value in pairwise(node.values):
+                is_open = isinstance(text, ast.Constant) and OPEN_COMMAND.search(str(text.value))
+                if is_open and "shlex." not in ast.unparse(value):
+                    yield ast.unparse(value)
+
+
+@by_module
+def test_a_suggested_command_can_be_typed_as_it_stands(path: Path) -> None:
+    name = str(path.relative_to(ROOT / "src"))
+    assert list(bad_suggestions(path)) == [] or name in NOT_TYPED_YET
+
+
+def test_a_suggested_command_that_cannot_be_typed_would_be_found(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text(
+        '"""`calotype logs` prints."""\na = \'see `calotype logs --qemu`\'\n'
+        "b = f'`calotype stop {name}`'\nc = f'`calotype stop {shlex.quote(name)}`: {other}'\n"
+        "d = '`calotype logs NAME --qemu`, `calotype ps`'\n"
+    )
+    assert list(bad_suggestions(source)) == ["`calotype logs --qemu`", "{name}"]
 
 
 def rows(page: str) -> list[list[str]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say, snapshot_choice
+from calotype.cli.output import UNDONE, Settings, common, run_async, say, snapshot_choice
 
 
 @click.command("restore")
@@ -54,9 +54,9 @@ def command(
     store = Store(settings.store_path)
     entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
     request = RestoreRequest(run_state, discard_current, accept_touched)
-    restored = run_async(operations.restore(store, name, entry.id, request))
+    restored = run_async(operations.restore(store, name, entry.id, request), UNDONE)
     plan = restored.plan
-    undo = ["calotype", "restore", name, "--id", plan.left_behind]
+    undo = settings.suggested("restore", name, "--id", plan.left_behind)
     told = {
         "id": plan.snapshot,
         "vm": name,

@@ -10,6 +10,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from calotype.errors import BlockedError
 from calotype.model import names
 from calotype.model.snapshot import MachineStateKind, StorageKind
 from calotype.model.vm import DiskFacts, Facts, Image, VmRecord
@@ -126,6 +127,17 @@ def plan_take(facts: Facts, record: VmRecord, request: TakeRequest, snapshot: st
     )
 
 
+def as_error(name: str, plan: TakePlan) -> BlockedError:
+    """What is told of a plan that has blockers: the first, and in the data all of them."""
+    first, more = plan.blockers[0], len(plan.blockers) - 1
+    also = f" (and {more} more: see --plan)" if more else ""
+    return BlockedError(
+        f"no snapshot of {name!r} can be taken: {first.problem}{also}",
+        first.remedy,
+        blockers=[[blocker.problem, blocker.remedy] for blocker in plan.blockers],
+    )
+
+
 # --- disks ---------------------------------------------------------------------------------------
 
 
@@ -217,7 +229,7 @@ def _request_blockers(facts: Facts, request: TakeRequest) -> Iterator[Blocker]:
     if facts.run_state not in _CAN_BE_TAKEN[request.machine_state]:
         yield Blocker(
             f"the VM is in run state {facts.run_state!r}",
-            "let it run first: `calotype start` does where it is paused",
+            "let it run first: `calotype start NAME` does where it is paused",
         )
 
 
@@ -269,7 +281,7 @@ def _storage_blockers(
     for disk in facts.disks:
         yield from _disk_blockers(disk, planned[disk.index].kind)
     if all(plan.kind == "skip" for plan in disks) and facts.disks:
-        yield Blocker("every disk is skipped", "a machine state without its disks cannot be used")
+        yield Blocker("every disk is skipped", "name at least one disk external or internal")
 
 
 def _disk_blockers(disk: DiskFacts, kind: StorageKind) -> Iterator[Blocker]:
@@ -338,11 +350,17 @@ def _live_blockers(facts: Facts, method: WindowMethod) -> Iterator[Blocker]:
 
 
 def _warnings(facts: Facts, disks: tuple[DiskPlan, ...], method: WindowMethod) -> Iterator[str]:
+    unsafe = {disk.index for disk in facts.disks if not disk.may_be_immutable}
     for disk in disks:
         if disk.pause_ms > WARN_PAUSE_MS:
             yield (
                 f"disk {disk.disk!r}: copying its tables takes about {disk.pause_ms:.0f} ms of the"
                 " pause; an external overlay takes 5 ms"
+            )
+        if disk.kind == "external" and disk.index in unsafe:
+            yield (
+                f"disk {disk.disk!r}: {disk.image.path} cannot be made immutable here (file system,"
+                " or no CAP_LINUX_IMMUTABLE): read-only by its mode alone, root can still write it"
             )
         if disk.kind == "skip" and disk.index >= 0:
             yield f"disk {disk.disk!r} is skipped: a restored guest finds it as it is then"

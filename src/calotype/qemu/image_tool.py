@@ -97,5 +97,9 @@ async def _run(*arguments: str) -> str:
         raise
     if tool.returncode:
         text = said.decode(errors="replace").strip()
-        raise HostError(f"qemu-img {arguments[0]} failed: {text}", qemu_img=text)
+        raise HostError(
+            f"qemu-img {arguments[0]} failed: {text}",
+            "see what it says of the file system and of the image; `qemu-img check` looks into one",
+            qemu=text,
+        )
     return output.decode()

@@ -26,7 +26,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -53,6 +53,9 @@ class Store:
     Args:
         root: The folder; made if it is not there, for its owner alone.
 
+    Attributes:
+        damage: The files that could not be read when the index was made anew, just now.
+
     Raises:
         HostError: The folder cannot be made.
     """
@@ -66,6 +69,7 @@ class Store:
             raise HostError(
                 f"cannot keep a store in {root}: {error.strerror}", "name another with --store"
             ) from error
+        self.damage: list[StoreError] = []
         self.index = Index(root / "index.sqlite")
         if not self.index.is_current(self._ids_on_disk()):
             self.rebuild_index()
@@ -106,6 +110,10 @@ class Store:
     def records(self) -> list[VmRecord]:
         """Every VM, by name."""
         return [self.record(vm_id) for vm_id in self.index.vm_ids()]
+
+    def sound_records(self) -> tuple[list[VmRecord], list[StoreError]]:
+        """Every VM whose record can be read, by name; and what is wrong with the others."""
+        return _sound(self.record, self.index.vm_ids())
 
     def forgotten(self) -> list[VmRecord]:
         """The VMs that were forgotten; their images may still be immutable."""
@@ -192,6 +200,21 @@ class Store:
         """Every snapshot of a VM, oldest first."""
         return [self.manifest(vm_id, entry.id) for entry in self.index.snapshots(vm_id)]
 
+    def sound_manifests(self, vm_id: str) -> tuple[list[Manifest], list[StoreError]]:
+        """Every snapshot of a VM that can be read, oldest first; and what is wrong with the others.
+
+        Who removes what no snapshot stands on must heed the others: nobody knows what they need.
+        """
+        found, damage = _sound(
+            lambda snapshot: self.manifest(vm_id, snapshot), sorted(self._snapshots_of(vm_id))
+        )
+        return sorted(found, key=lambda manifest: (manifest.instant, manifest.id)), damage
+
+    def is_under_way(self, vm_id: str, snapshot: str) -> bool:
+        """Whether a snapshot has begun, and is not complete: it has a folder, and no manifest."""
+        folder = self.snapshot_folder(vm_id, snapshot)
+        return folder.is_dir() and not (folder / "manifest.json").exists()
+
     def make_snapshot_folder(self, vm_id: str, snapshot: str) -> None:
         """Make the folder for a snapshot's own files."""
         make_private_directory(self.snapshot_folder(vm_id, snapshot))
@@ -242,17 +265,43 @@ class Store:
     # --- index -----------------------------------------------------------------------------------
 
     def rebuild_index(self) -> int:
-        """Make the index anew from records and manifests; return how many snapshots there are."""
+        """Make the index anew from what can be read; return how many snapshots there are.
+
+        What cannot be read is noted in `damage`, and is in the way of nothing else.
+        """
         vm_ids, snapshots = self._ids_on_disk()
-        manifests = [_read(path / "manifest.json", Manifest) for path in snapshots.values()]
-        self.index.rebuild(map(self.record, vm_ids), manifests)
+        records, spoiled_records = _sound(self.record, sorted(vm_ids))
+        manifests, spoiled_manifests = _sound(
+            lambda snapshot: _read(snapshots[snapshot] / "manifest.json", Manifest),
+            sorted(snapshots),
+        )
+        self.damage = spoiled_records + spoiled_manifests
+        read = {record.id for record in records} | {manifest.id for manifest in manifests}
+        self.index.rebuild(records, manifests, {*vm_ids, *snapshots} - read)
         return len(manifests)
 
     def _ids_on_disk(self) -> tuple[set[str], dict[str, Path]]:
         """The ids of the VMs, and the folders of the snapshots that have a manifest, by id."""
         vm_ids = {path.parent.name for path in self._vms.glob("*/record.json")}
-        manifests = self._vms.glob("*/snapshots/*/manifest.json")
-        return vm_ids, {path.parent.name: path.parent for path in manifests}
+        return vm_ids, self._snapshots_of("*")
+
+    def _snapshots_of(self, vm_id: str) -> dict[str, Path]:
+        """The folders of the snapshots of a VM, or of all (`*`), that have a manifest, by id."""
+        manifests = self._vms.glob(f"{vm_id}/snapshots/*/manifest.json")
+        return {path.parent.name: path.parent for path in manifests}
+
+
+def _sound(
+    read: Callable[[str], _Kept], ids: Iterable[str]
+) -> tuple[list[_Kept], list[StoreError]]:
+    """What can be read of *ids*, and what is wrong with the others."""
+    sound, damage = [], []
+    for each in ids:
+        try:
+            sound.append(read(each))
+        except StoreError as error:
+            damage.append(error)
+    return sound, damage
 
 
 def _opened_lock(path: Path) -> TextIO:
@@ -280,7 +329,18 @@ def _read(path: Path, kind: type[_Kept]) -> _Kept:
     try:
         value = msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}", path=str(path)) from error
+        raise _damaged(path, f"cannot read {path}: {error.strerror}", kind) from error
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        raise StoreError(f"{path} is not what it should be: {error}", path=str(path)) from error
+        raise _damaged(path, f"{path} is not what it should be: {error}", kind) from error
     return value
+
+
+_REMEDIES: Mapping[type[msgspec.Struct], str] = {
+    VmRecord: "put it back from a copy; other VMs are not affected",
+    Process: "remove it if no QEMU runs this VM, else write its pid and start time into it again",
+    Manifest: "put it back from a copy; other snapshots are not affected",
+}
+
+
+def _damaged(path: Path, problem: str, kind: type[msgspec.Struct]) -> StoreError:
+    return StoreError(problem, _REMEDIES[kind], path=str(path))

@@ -259,7 +259,7 @@ ALONE: dict[str, tuple[Change, str, str]] = {
     "every disk skipped": (
         asked(dict.fromkeys(["disk0", "disk1", "disk2", "disk3"], "skip")),
         "every disk is skipped",
-        "cannot be used",
+        "name at least one disk external or internal",
     ),
     "the pause would be too long": (
         asked(method="paused", pause_limit_ms=100.0),
@@ -441,6 +441,19 @@ def test_what_a_user_may_regret_is_warned_of(change: Change, words: str) -> None
 def test_disks_alone_of_a_vm_that_stands_still_are_no_power_failure() -> None:
     case = both(asked(machine_state="none"), seen(run_state="paused"))(sound_case())
     assert case.plan().warnings == ()
+
+
+@pytest.mark.parametrize(("kind", "count"), [("external", 1), ("internal", 0), ("skip", 0)])
+def test_an_image_that_root_could_still_write_to_is_warned_of(
+    kind: StorageKind, count: int
+) -> None:
+    facts = make_facts([make_disk(may_be_immutable=False), make_disk(1)])
+    record = make_record([make_disk_record(), make_disk_record(1)])
+    plan = plan_take(facts, record, TakeRequest(disks={"disk0": kind}), SNAPSHOT)
+    warned = [warning for warning in plan.warnings if "immutable" in warning]
+    assert len(warned) == count
+    assert all(facts.disks[0].image.path in warning for warning in warned)
+    assert plan.blockers == ()
 
 
 def test_a_quick_internal_snapshot_is_not_warned_of() -> None:
