@@ -154,8 +154,9 @@ def test_what_a_restore_leaves_behind_can_be_gone_back_to(boot: Boot) -> None:
     newest = vm.newest("one.raw")
     undo = vm.calotype("restore", vm.name, "--tag", "one")["undo"]
     vm.await_rounds(20, vm.console_size())
-    vm.kill()
-    assert vm.calotype(*undo[1:])["run_state"] == "off"
+    for words in undo[:-1]:
+        vm.calotype(*words[1:])
+    assert vm.calotype(*undo[-1][1:])["run_state"] == "off"
     assert vm.pid() is None
     assert vm.newest("one.raw") == newest
 

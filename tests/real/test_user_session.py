@@ -117,11 +117,12 @@ def test_a_session(boot: Boot) -> None:
     assert "off" in shell("ps")
     restored = shell("restore 'web 1' --tag 'before lunch'")
     undo = restored.strip().splitlines()[-1]
-    assert undo.startswith("calotype restore 'web 1' --id ")
+    assert undo.startswith("calotype stop 'web 1' --now --store ")
     mark = vm.console_size()
     assert vm.testimony(mark).is_consistent
-    shell("stop 'web 1' --now")
-    assert "is off" in shell(undo.removeprefix("calotype "))
+    stopping, going_back = undo.split(" && ")
+    shell(stopping.removeprefix("calotype "))
+    assert "is off" in shell(going_back.removeprefix("calotype "))
     assert "kept" in shell("forget 'web 1'")
     assert shell("ps -q") == ""
 

@@ -119,10 +119,6 @@ def test_the_tree_names_no_error_that_there_is_not() -> None:
 
 
 NO_REMEDY_NEEDED = {
-    "calotype/engine/restore_effects.py": "that the guest does not run is all there is so far",
-    "calotype/engine/take_effects.py": "what is said of an instant that failed is all there is",
-    "calotype/qemu/guarding.py": "QEMU's own words are all there is so far",
-    "calotype/store/journal.py": "a journal that cannot be read is named, and no more so far",
     "calotype/testing/machine.py": "it tells what the command told, remedy and all",
 }
 """Modules whose errors may say only what is wrong, and why."""
@@ -166,9 +162,6 @@ def test_an_error_without_a_remedy_would_be_found(tmp_path: Path) -> None:
     assert list(without_remedy(source, kinds_of_errors())) == [1, 2, 3]
 
 
-NOT_TYPED_YET = {"calotype/engine/restore_effects.py", "calotype/qemu/guarding.py"}
-"""Modules that still suggest commands without a name, or with one as it is."""
-
 LACKS_ITS_NAME = re.compile(
     r"`calotype (console|forget|list|logs|restore|show|start|stop)( -\S+)*`"
 )
@@ -192,7 +185,7 @@ def bad_suggestions(path: Path) -> Iterator[str]:
 @by_module
 def test_a_suggested_command_can_be_typed_as_it_stands(path: Path) -> None:
     name = str(path.relative_to(ROOT / "src"))
-    assert list(bad_suggestions(path)) == [] or name in NOT_TYPED_YET
+    assert list(bad_suggestions(path)) == [], name
 
 
 def test_a_suggested_command_that_cannot_be_typed_would_be_found(tmp_path: Path) -> None:

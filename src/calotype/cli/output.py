@@ -105,7 +105,8 @@ def snapshot_choice(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def say(settings: Settings, value: Mapping[str, Any], lines: Sequence[str]) -> None:
-    """Print the result: *value* with `--json`, *lines* without."""
+    """Print the result: *value* with `--json`, *lines* without; an interrupt comes too late now."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     if settings.as_json:
         _say_json(value)
         return

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say
+from calotype.cli.output import Settings, common, run_async, say_with_damage
 
 
 @click.command("recover")
@@ -19,7 +19,7 @@ def command(settings: Settings, name: str | None) -> None:
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path)
-    vms = [store.find(name)] if name is not None else store.records()
+    vms, damage = ([store.find(name)], []) if name is not None else store.sound_records()
 
     async def work() -> list[tuple[str, Any]]:
         return [(vm.name, each) for vm in vms for each in await operations.recover(store, vm.name)]
@@ -40,4 +40,4 @@ def command(settings: Settings, name: str | None) -> None:
         f" {each['snapshot']} was {each['outcome']}"
         for each in told
     ]
-    say(settings, {"recovered": told}, lines or ["nothing was cut off"])
+    say_with_damage(settings, {"recovered": told}, lines or ["nothing was cut off"], damage)

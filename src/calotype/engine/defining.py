@@ -77,6 +77,7 @@ def _disks(
         if disk.read_only:
             continue
         path = str(Path(disk.path).resolve())
+        images.require_disk(Path(path))
         if path in in_use and path not in known:
             raise ConflictError(
                 f"{path} cannot be written to: {in_use[path]}",
@@ -107,7 +108,7 @@ def _in_use(store: Store, own_id: str) -> dict[str, str]:
                 newest = f"its newest content is in {disk.active.path}"
                 taken[disk.origin.path] = f"it was of the forgotten VM {record.name!r}; {newest}"
     for record in store.records():
-        for manifest in store.manifests(record.id):
+        for manifest in store.sound_manifests(record.id)[0]:
             for part in manifest.storage:
                 for layer in part.layers:
                     words = f"the snapshot {manifest.id} of {record.name!r} stands on it"

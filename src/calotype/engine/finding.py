@@ -62,7 +62,10 @@ def _internal(manifest: Manifest) -> dict[tuple[str, str], str]:
 def _kept_paths(store: Store, record: VmRecord) -> set[str]:
     """Every image that a snapshot of this VM stands on."""
     kept = set()
-    for manifest in store.manifests(record.id):
+    manifests, damage = store.sound_manifests(record.id)
+    if damage:  # nobody knows what a damaged one stands on: all that the VM is on is kept
+        kept |= {disk.active.path for disk in record.disks}
+    for manifest in manifests:
         for part in manifest.storage:
             kept |= {layer.path for layer in part.layers}
             kept |= {part.image.path} if part.image is not None else set()

@@ -25,7 +25,6 @@ from calotype.engine.restore_effects import Restoring
 from calotype.engine.take_effects import Taking
 from calotype.engine.world import World
 from calotype.errors import (
-    BlockedError,
     ConflictError,
     HostError,
     MismatchError,
@@ -38,7 +37,7 @@ from calotype.model.snapshot import Manifest
 from calotype.model.vm import Facts, Process, VmRecord
 from calotype.plan.restore import Definition, RestorePlan, RestoreRequest, plan_restore
 from calotype.plan.steps import Define, LetRun, RecordStarted, StartQemu, Step
-from calotype.plan.take import TakePlan, TakeRequest, plan_take
+from calotype.plan.take import TakePlan, TakeRequest, as_error, plan_take
 from calotype.qemu import observe, process
 from calotype.qemu.monitor import Monitor
 from calotype.store.store import Store
@@ -90,7 +89,7 @@ async def take(
         async with launch.controlling(store, record) as monitor:
             facts, plan = await _observe_and_plan(store, record, qemu, monitor, request)
             if plan.blockers:
-                raise _blocked(name, plan)
+                raise as_error(name, plan)
             definition = _definition(record)
             taking = Taking(
                 store, record, monitor, qemu, facts, plan, definition, tag, description, progress
@@ -105,16 +104,6 @@ async def _observe_and_plan(
 ) -> tuple[Facts, TakePlan]:
     facts = await observe.observe(monitor, record, qemu, store.root)
     return facts, plan_take(facts, record, request, secrets.token_hex(names.ID_LENGTH // 2))
-
-
-def _blocked(name: str, plan: TakePlan) -> BlockedError:
-    first, more = plan.blockers[0], len(plan.blockers) - 1
-    also = f" (and {more} more: see --plan)" if more else ""
-    return BlockedError(
-        f"no snapshot of {name!r} can be taken: {first.problem}{also}",
-        first.remedy,
-        blockers=[[blocker.problem, blocker.remedy] for blocker in plan.blockers],
-    )
 
 
 def _must_run(store: Store, record: VmRecord) -> Process:
@@ -314,7 +303,7 @@ async def forget(store: Store, name: str) -> tuple[VmRecord, Path, list[Manifest
     """
     async with changing(store, name, "forget") as record:
         _must_not_run(store, record)
-        manifests = store.manifests(record.id)
+        manifests, _ = store.sound_manifests(record.id)
         return record, store.forget(record), manifests
 
 

@@ -130,7 +130,7 @@ async def _check_topology(restoring: Restoring, step: CheckTopology) -> None:
         if then != now:
             raise MismatchError(
                 f"the machine's {field} is {now!r}, the snapshot has {then!r}",
-                "define the VM as it was: `calotype show` prints its command line",
+                "define the VM as it was: `calotype show NAME` prints its command line",
                 field=field,
                 snapshot=then,
                 now=now,
@@ -148,7 +148,9 @@ async def _load_state(restoring: Restoring, step: LoadState) -> None:
     except QemuError as error:
         said = launch.last_words(restoring.store.folder(restoring.record.id), restoring.log_mark)
         raise QemuError(
-            f"QEMU cannot load the machine state: {said or error.problem}", "", qemu=said
+            f"QEMU cannot load the machine state: {said or error.problem}",
+            "it was saved by another QEMU, or damaged: compare versions and digests",
+            qemu=said,
         ) from error
     finally:
         os.close(descriptor)

@@ -226,7 +226,11 @@ def _window_error(failed: Failed) -> QemuError | PauseLimitError:
         return PauseLimitError(
             f"{failed.reason}; {after}", "raise --pause-limit", settled=failed.settled
         )
-    return QemuError(f"no snapshot was taken: {failed.reason}; {after}", settled=failed.settled)
+    return QemuError(
+        f"no snapshot was taken: {failed.reason}; {after}",
+        "try again; `calotype take NAME --plan` tells what is in the way",
+        settled=failed.settled,
+    )
 
 
 # --- finish --------------------------------------------------------------------------------------

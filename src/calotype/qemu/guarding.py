@@ -10,7 +10,7 @@ from pathlib import Path
 
 from calotype import guard
 from calotype.errors import HostError, QemuError
-from calotype.qemu.monitor import open_socket
+from calotype.qemu.monitor import LAST_WORDS, open_socket
 
 _POSTING_S = 10.0
 
@@ -86,9 +86,7 @@ def _reached(path: Path) -> socket.socket:
     try:
         return open_socket(path)
     except OSError as error:
-        raise QemuError(
-            f"no QEMU answers on {path}: {error.strerror}", "its last words are in `calotype logs`"
-        ) from error
+        raise QemuError(f"no QEMU answers on {path}: {error.strerror}", LAST_WORDS) from error
 
 
 def _spawn(descriptors: tuple[int, int]) -> "subprocess.Popen[bytes]":
@@ -104,4 +102,6 @@ def _spawn(descriptors: tuple[int, int]) -> "subprocess.Popen[bytes]":
             cwd="/",
         )
     except OSError as error:
-        raise HostError(f"the guard cannot be started: {error.strerror}") from error
+        raise HostError(
+            f"the guard cannot be started: {error.strerror}", "is Python there, and memory free?"
+        ) from error

@@ -190,7 +190,11 @@ def read(path: Path) -> tuple[Entry, ...]:
     try:
         *lines, _cut_short = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}", path=str(path)) from error
+        raise StoreError(
+            f"cannot read {path}: {error.strerror}",
+            "look at the disk that it is on",
+            path=str(path),
+        ) from error
     entries = tuple(_entries(path, lines))
     if entries and not isinstance(entries[0], Began):
         raise _untrue(path, 1)

@@ -392,7 +392,10 @@ def test_the_way_back_names_the_store_that_was_named(
     words = ["restore", "web", "--latest", *(["--store", str(root)] if by_option else [])]
     with pytest.raises(SystemExit):
         main([*words, "--json"])
-    undo = ["calotype", "restore", "web", "--id", "b" * 16, "--store", str(root)]
+    undo = [
+        ["calotype", "stop", "web", "--now", "--store", str(root)],
+        ["calotype", "restore", "web", "--id", "b" * 16, "--store", str(root)],
+    ]
     assert json.loads(capsys.readouterr().out)["undo"] == undo
     with pytest.raises(SystemExit):
         main(words)
@@ -409,7 +412,10 @@ def test_the_way_back_leaves_out_a_store_that_nobody_named(
     with pytest.raises(SystemExit):
         main(["restore", "web", "--latest", "--json"])
     undo = json.loads(capsys.readouterr().out)["undo"]
-    assert undo == ["calotype", "restore", "web", "--id", "b" * 16]
+    assert undo == [
+        ["calotype", "stop", "web", "--now"],
+        ["calotype", "restore", "web", "--id", "b" * 16],
+    ]
 
 
 def _restorable(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
