@@ -73,6 +73,12 @@ class Subject(Machine):
             pass_fds=descriptors,
         )
 
+    def killed_at(self, moment: str, words: Sequence[str], *, without: str = "") -> None:
+        """Run a command and kill it at a moment, which it must have reached."""
+        struck = self.struck(moment, "kill-self", words, without=without)
+        _, said = struck.communicate(timeout=60)
+        assert struck.returncode == -signal.SIGKILL, said
+
 
 class Operation:
     """One row of the matrix: a command, what it is run on, and its steps."""
