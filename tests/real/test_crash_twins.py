@@ -1,6 +1,5 @@
 """The crash tests can fail: with its mechanism taken out, each is seen to."""
 
-
 import pytest
 
 from calotype.testing.whole import picture

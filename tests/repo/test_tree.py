@@ -29,6 +29,7 @@ from calotype.engine.effects import EFFECTS
 from calotype.errors import FAMILIES, CalotypeError
 from calotype.model.vm import Image
 from calotype.plan import steps
+from calotype.plan.crashes import CRASHES
 from calotype.plan.restore import RestoreRequest, plan_restore
 from calotype.plan.steps import AnyStep, Define, LetRun, RecordStarted, StartQemu, Step
 from calotype.plan.take import TakeRequest, plan_take
@@ -305,6 +306,10 @@ STARTED: set[type[Step]] = {Define, StartQemu, RecordStarted, LetRun}
 
 def test_every_kind_of_step_has_an_effect() -> None:
     assert step_kinds() == EFFECTS.keys() | ABANDON_EFFECTS.keys()
+
+
+def test_every_kind_of_step_says_what_a_crash_after_it_leaves() -> None:
+    assert step_kinds() == CRASHES.keys()
 
 
 def test_every_effect_is_one_of_a_step_that_is_planned() -> None:

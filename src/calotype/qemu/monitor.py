@@ -22,6 +22,7 @@ from typing import Any
 from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError
 
 from calotype.errors import ConflictError, HostError, QemuError
+from calotype.qemu.peers import clients
 
 GREETING_TIMEOUT_S = 3.0
 REPLY_TIMEOUT_S = 60.0
@@ -196,11 +197,7 @@ async def connect(path: Path, timeout_s: float = GREETING_TIMEOUT_S) -> AsyncIte
         async with asyncio.timeout(timeout_s):
             await client.connect(open_socket(path))
     except TimeoutError as error:
-        raise ConflictError(
-            f"the monitor {path} gave no greeting in {timeout_s:g} s",
-            "wait for the command that is connected to it; a QEMU that hangs is ended by"
-            " `calotype stop --now NAME`",
-        ) from error
+        raise _silent(path, timeout_s) from error
     except (OSError, ConnectError) as error:
         raise QemuError(f"no QEMU answers on {path}: {error}", LAST_WORDS) from error
     monitor = Monitor(client)
@@ -208,3 +205,17 @@ async def connect(path: Path, timeout_s: float = GREETING_TIMEOUT_S) -> AsyncIte
         yield monitor
     finally:
         await monitor.close()
+
+
+def _silent(path: Path, timeout_s: float) -> ConflictError:
+    """Why a monitor gives no greeting: another is connected to it, for it serves one; or it hangs."""
+    waited = f"the monitor {path} gave no greeting in {timeout_s:g} s"
+    holders = clients(path)
+    if not holders:
+        return ConflictError(waited, "a QEMU that hangs is ended by `calotype stop --now NAME`")
+    named = ", ".join(map(str, holders))
+    return ConflictError(
+        f"{waited}: process {named} is connected to it",
+        "wait until that one is done, or end it",
+        holders=holders,
+    )
