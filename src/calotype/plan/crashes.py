@@ -1,4 +1,4 @@
-"""What a crash after each step leaves behind, and what brings it to an end: the docs' table as data.
+"""What a crash after each step leaves, and what brings it to an end: the docs' table as data.
 
 `scripts/draw-crashes` prints it for each operation. A kind of step without a row here fails a test:
 who adds a step has to say what is left if everything stops right after it.

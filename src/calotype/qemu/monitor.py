@@ -208,7 +208,7 @@ async def connect(path: Path, timeout_s: float = GREETING_TIMEOUT_S) -> AsyncIte
 
 
 def _silent(path: Path, timeout_s: float) -> ConflictError:
-    """Why a monitor gives no greeting: another is connected to it, for it serves one; or it hangs."""
+    """Why a monitor gives no greeting: it serves another, or its QEMU hangs."""
     waited = f"the monitor {path} gave no greeting in {timeout_s:g} s"
     holders = clients(path)
     if not holders:
