@@ -1,20 +1,22 @@
 """What nobody sees until it is missing: each was taken out once, and no other test noticed."""
 
+import asyncio
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from blake3 import blake3
 
 from calotype.qemu import process
+from calotype.qemu.monitor import connect
 from calotype.store import images
 from calotype.testing.machine import CommandFailed, Machine
 from calotype.testing.whole import picture
@@ -57,15 +59,15 @@ def test_disks_that_change_while_a_snapshot_is_prepared_end_it(subject: Subject)
     assert picture(subject) == before
 
 
-def test_the_instant_is_when_qemu_stopped_the_guest(subject: Subject) -> None:
-    struck, line = held_at(subject, "done:11", "take", "small")
-    passed = datetime.now(UTC)
-    time.sleep(0.5)
-    with line:
-        line.sendall(b"!")
-        struck.communicate(timeout=60)
+async def test_the_instant_is_when_qemu_stopped_the_guest(subject: Subject) -> None:
+    said: list[Any] = []
+    async with connect(subject.home / "query.sock") as monitor:
+        with monitor.tapped(said.append):
+            await asyncio.to_thread(subject.take)
+    (stop,) = [each["timestamp"] for each in said if each.get("event") == "STOP"]
+    at_us = stop["seconds"] * 1_000_000 + stop["microseconds"]
     (entry,) = subject.calotype("list")["vms"][0]["snapshots"]
-    assert datetime.fromisoformat(entry["instant"]) <= passed
+    assert entry["instant"] == datetime.fromtimestamp(at_us / 1e6, UTC).isoformat()
 
 
 def test_the_digest_is_that_of_the_state(subject: Subject) -> None:
