@@ -22,7 +22,7 @@ from calotype.model.snapshot import Manifest
 from calotype.plan import take as planning
 from calotype.plan import window
 from calotype.plan.steps import AwaitSave, Step
-from calotype.plan.take import TakeRequest
+from calotype.plan.take_plan import TakeRequest
 from calotype.plan.window import State
 from calotype.qemu import passing
 from calotype.store.store import Store

@@ -32,7 +32,8 @@ from calotype.plan import steps
 from calotype.plan.crashes import CRASHES
 from calotype.plan.restore import RestoreRequest, plan_restore
 from calotype.plan.steps import AnyStep, Define, LetRun, RecordStarted, StartQemu, Step
-from calotype.plan.take import TakeRequest, plan_take
+from calotype.plan.take import plan_take
+from calotype.plan.take_plan import TakeRequest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))

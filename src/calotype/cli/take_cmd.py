@@ -22,7 +22,7 @@ from calotype.cli.output import (
 if TYPE_CHECKING:
     from calotype.engine.progress import Progress
     from calotype.model.snapshot import Manifest
-    from calotype.plan.take import TakePlan
+    from calotype.plan.take_plan import TakePlan
 
 _KINDS = ("external", "internal", "skip")
 
@@ -81,7 +81,7 @@ def command(
     """
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.model import names  # noqa: PLC0415
-    from calotype.plan.take import TakeRequest  # noqa: PLC0415
+    from calotype.plan.take_plan import TakeRequest  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
     names.check_tag(tag)
@@ -134,7 +134,7 @@ def _say_plan(settings: Settings, name: str, plan: "TakePlan") -> None:
     """Print a plan; one that is blocked is printed whole too, and then fails."""
     import msgspec  # noqa: PLC0415
 
-    from calotype.plan.take import as_error  # noqa: PLC0415
+    from calotype.plan.take_plan import as_error  # noqa: PLC0415
 
     error = as_error(name, plan) if plan.blockers else None
     told = {"plan": msgspec.to_builtins(plan)}

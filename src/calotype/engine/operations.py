@@ -37,7 +37,8 @@ from calotype.model.snapshot import Manifest
 from calotype.model.vm import Facts, Process, VmRecord
 from calotype.plan.restore import Definition, RestorePlan, RestoreRequest, plan_restore
 from calotype.plan.steps import Define, LetRun, RecordStarted, StartQemu, Step
-from calotype.plan.take import TakePlan, TakeRequest, as_error, plan_take
+from calotype.plan.take import plan_take
+from calotype.plan.take_plan import TakePlan, TakeRequest, as_error
 from calotype.qemu import observe, process
 from calotype.qemu.monitor import Monitor
 from calotype.store.store import Store

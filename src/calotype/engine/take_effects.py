@@ -34,7 +34,7 @@ from calotype.plan.steps import (
     SetMigration,
     qmp_action,
 )
-from calotype.plan.take import TakePlan
+from calotype.plan.take_plan import TakePlan
 from calotype.plan.window import Accepted, Failed, Window
 from calotype.qemu import guarding, migration, observe
 from calotype.qemu.monitor import CommandRefused, Monitor

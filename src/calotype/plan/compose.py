@@ -8,7 +8,7 @@ from calotype.model import names
 from calotype.model.snapshot import MachineStatePart, Manifest, StoragePart, Timings
 from calotype.model.vm import DiskFacts, Facts, Image, ImageFacts, RunState, VmRecord
 from calotype.plan.restore import Definition
-from calotype.plan.take import DiskPlan, TakePlan
+from calotype.plan.take_plan import DiskPlan, TakePlan
 
 
 class Outcome(Struct, frozen=True):

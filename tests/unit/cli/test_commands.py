@@ -31,7 +31,8 @@ from calotype.engine import operations
 from calotype.errors import FAMILIES, CalotypeError, InterruptError, QemuError
 from calotype.model.snapshot import Manifest, Timings
 from calotype.model.vm import Image, Process, VmRecord
-from calotype.plan.take import TakePlan, TakeRequest, plan_take
+from calotype.plan.take import plan_take
+from calotype.plan.take_plan import TakePlan, TakeRequest
 from calotype.store import images
 from calotype.store.index import SnapshotEntry, entry_of
 from calotype.store.journal import Began, Journal

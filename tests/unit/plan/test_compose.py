@@ -30,7 +30,8 @@ from calotype.model import names
 from calotype.model.snapshot import Manifest, StorageKind, StoragePart, Timings
 from calotype.model.vm import Facts, Image, ReadOnlyDisk, VmRecord
 from calotype.plan.compose import Outcome, compose_left_behind, compose_taken
-from calotype.plan.take import TakeRequest, plan_take
+from calotype.plan.take import plan_take
+from calotype.plan.take_plan import TakeRequest
 from calotype.store.store import Store
 
 LEFT = "00000000000000c1"

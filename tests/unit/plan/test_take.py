@@ -27,7 +27,7 @@ from builders import (
 from calotype.model import names
 from calotype.model.snapshot import StorageKind
 from calotype.model.vm import Bitmap, DiskFacts, Facts, Image, ReadOnlyDisk, VmRecord
-from calotype.plan import take
+from calotype.plan import blockers, take
 from calotype.plan.steps import (
     AwaitSave,
     CloseState,
@@ -47,7 +47,8 @@ from calotype.plan.steps import (
     SwitchToOverlay,
     qmp_action,
 )
-from calotype.plan.take import Blocker, TakePlan, TakeRequest, plan_take
+from calotype.plan.take import plan_take
+from calotype.plan.take_plan import Blocker, TakePlan, TakeRequest
 
 MIB = 1 << 20
 OLD = {"background-snapshot": False, "events": False}
@@ -164,6 +165,15 @@ def test_read_only_storage_is_skipped_with_the_reason_and_without_a_warning() ->
 
 # --- blockers ------------------------------------------------------------------------------------
 
+
+def written_by_others(case: Case) -> Case:
+    """A device whose backend is another process, there since the start."""
+    topology = replace(case.facts.topology, devices=("fs=vhost-user-fs-pci",))
+    return case._replace(
+        facts=replace(case.facts, topology=topology), record=replace(case.record, topology=topology)
+    )
+
+
 INDEPENDENT: dict[str, tuple[Change, str, str]] = {
     "label unknown": (
         asked({"nodisk": "skip"}),
@@ -184,6 +194,11 @@ INDEPENDENT: dict[str, tuple[Change, str, str]] = {
         of_topology(devices=("d0=virtio-blk-pci", "u=usb-tablet")),
         "the device 'u=usb-tablet' was plugged in since",
         "undo that, or start the VM with the device",
+    ),
+    "encrypted migration": (
+        of_migration(parameters={"max-bandwidth": 1, "tls-creds": "tls0"}),
+        "the migration parameter 'tls-creds' is 'tls0'",
+        "set it back to ''",
     ),
     "memory resized": (of_topology(memory_bytes=2 * GIB), "memory was resized", "set it back"),
     "stray": (seen(strays=("writable node 'x' on 'y'",)), "writable node 'x'", "take it out"),
@@ -256,6 +271,11 @@ ALONE: dict[str, tuple[Change, str, str]] = {
         "the device 'd0=virtio-blk-pci' was taken out since",
         "undo that",
     ),
+    "RAM that others write": (
+        written_by_others,
+        "the RAM behind the device 'fs=vhost-user-fs-pci' is written by another process",
+        "take the device out, or accept a long pause with --method paused",
+    ),
     "every disk skipped": (
         asked(dict.fromkeys(["disk0", "disk1", "disk2", "disk3"], "skip")),
         "every disk is skipped",
@@ -309,7 +329,7 @@ def test_every_blocker_of_the_source_is_in_the_table() -> None:
     reached = [blocker for change in changes for blocker in change(sound_case()).plan().blockers]
     calls = [
         node
-        for node in ast.walk(ast.parse(inspect.getsource(take)))
+        for node in ast.walk(ast.parse(inspect.getsource(blockers)))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "Blocker"
     ]
     assert calls

@@ -1,0 +1,186 @@
+"""What is in the way of a snapshot, each with what can be done about it; all of it, not the first.
+
+"Alert when it is taken, not when it is restored": whatever a restore could not bring back, and
+whatever would fail inside the pause, is said here, by name, before anything happens.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from calotype.model.snapshot import MachineStateKind, StorageKind
+from calotype.model.vm import DiskFacts, Facts, VmRecord
+from calotype.plan.take_plan import (
+    Blocker,
+    DiskPlan,
+    Estimate,
+    TakeRequest,
+    is_live,
+)
+from calotype.plan.window import WindowMethod
+
+MIB = 1 << 20
+
+
+def blockers(
+    facts: Facts,
+    record: VmRecord,
+    request: TakeRequest,
+    method: WindowMethod,
+    disks: tuple[DiskPlan, ...],
+    estimate: Estimate,
+) -> Iterator[Blocker]:
+    """What is in the way of taking *request* of the VM as it was seen."""
+    yield from _request_blockers(facts, request)
+    yield from _machine_blockers(facts, record)
+    yield from _storage_blockers(facts, record, disks)
+    yield from _method_blockers(facts, method, request, estimate)
+
+
+def _request_blockers(facts: Facts, request: TakeRequest) -> Iterator[Blocker]:
+    known = frozenset().union(*(disk.labels for disk in facts.disks))
+    for label in sorted(set(request.disks) - known):
+        yield Blocker(
+            f"there is no writable disk {label!r}",
+            f"the disks are: {', '.join(sorted(disk.name for disk in facts.disks)) or 'none'}",
+        )
+    for disk in facts.disks:
+        if len(asked := sorted(set(request.disks) & disk.labels)) > 1:
+            yield Blocker(f"{' and '.join(asked)} are the same disk", "name it once")
+    if facts.run_state not in _CAN_BE_TAKEN[request.machine_state]:
+        yield Blocker(
+            f"the VM is in run state {facts.run_state!r}",
+            "let it run first: `calotype start NAME` does where it is paused",
+        )
+
+
+_CAN_BE_TAKEN: Mapping[MachineStateKind, frozenset[str]] = {
+    "external": frozenset({"running", "paused"}),
+    "none": frozenset({"running", "paused", "prelaunch", "postmigrate"}),
+}
+"""The run states that a snapshot can be taken in.
+
+A save in `prelaunch` makes QEMU end itself (the transition to paused is none that it knows,
+system/runstate.c), and one in `postmigrate` it refuses.
+"""
+
+
+def _machine_blockers(facts: Facts, record: VmRecord) -> Iterator[Blocker]:
+    """What was plugged or unplugged since the start: a restore would build another machine."""
+    if record.topology is None:
+        return
+    for device in sorted(set(facts.topology.devices) ^ set(record.topology.devices)):
+        word = "plugged in" if device in facts.topology.devices else "taken out"
+        yield Blocker(
+            f"the device {device!r} was {word} since the VM was started",
+            "undo that, or start the VM with the device on its command line",
+        )
+    if facts.topology.memory_bytes != record.topology.memory_bytes:
+        yield Blocker("the VM's memory was resized since it was started", "set it back")
+
+
+def _storage_blockers(
+    facts: Facts, record: VmRecord, disks: tuple[DiskPlan, ...]
+) -> Iterator[Blocker]:
+    for stray in facts.strays:
+        yield Blocker(stray, "take it out of the VM, or start the VM without it")
+    for job in facts.block_jobs:
+        yield Blocker(f"the block job {job!r} is under way", "wait for it or cancel it")
+    for bitmap in facts.bitmaps:
+        yield Blocker(
+            f"node {bitmap.node!r} has the dirty bitmap {bitmap.name!r}, which an overlay leaves"
+            " behind",
+            "remove the bitmap (block-dirty-bitmap-remove) and take it up after the snapshot",
+        )
+    planned = {plan.index: plan for plan in disks}
+    for record_disk in record.disks:
+        if record_disk.index not in planned:
+            yield Blocker(
+                f"QEMU does not show the disk {record_disk.name!r} ({record_disk.active.path})",
+                "plug it in again, or start the VM anew",
+            )
+    for disk in facts.disks:
+        yield from _disk_blockers(disk, planned[disk.index].kind)
+    if all(plan.kind == "skip" for plan in disks) and facts.disks:
+        yield Blocker("every disk is skipped", "name at least one disk external or internal")
+
+
+def _disk_blockers(disk: DiskFacts, kind: StorageKind) -> Iterator[Blocker]:
+    if kind == "internal" and disk.image.format != "qcow2":
+        yield Blocker(
+            f"disk {disk.name!r} is {disk.image.format}, which holds no internal snapshots",
+            f"leave it external (--disk {disk.name}=external)",
+        )
+    if kind == "external" and not disk.is_regular_file:
+        yield Blocker(
+            f"disk {disk.name!r} is a device, {disk.image.path}: an overlay has no place beside it",
+            "put a qcow2 image over it first, or skip it",
+        )
+    if kind == "external" and disk.free_bytes < 64 * MIB:
+        yield Blocker(
+            f"only {disk.free_bytes // MIB} MiB are free beside {disk.image.path}",
+            "free some space: the guest's writes go into the overlay from now on",
+        )
+
+
+def _method_blockers(
+    facts: Facts, method: WindowMethod, request: TakeRequest, estimate: Estimate
+) -> Iterator[Blocker]:
+    if method != "storage-only":
+        for reason in facts.migration.blocked_reasons:
+            yield Blocker(f"QEMU cannot save this machine: {reason}", "remove that device")
+        if facts.migration.status in ("active", "setup", "device", "cancelling"):
+            yield Blocker("a migration is under way", "wait for it or cancel it")
+        for name, usual in _MUST_BE.items():
+            if (value := facts.migration.parameters.get(name, usual)) != usual:
+                yield Blocker(
+                    f"the migration parameter {name!r} is {value!r}",
+                    f"set it back to {usual!r} (migrate-set-parameters)",
+                )
+        if estimate.bytes > estimate.store_free_bytes:
+            yield Blocker(
+                f"the machine state takes about {estimate.bytes // MIB} MiB,"
+                f" {estimate.store_free_bytes // MIB} MiB are free in the store",
+                "free some space, or name another --store",
+            )
+    if is_live(method):
+        yield from _live_blockers(facts, method)
+    if method == "paused" and estimate.pause_ms > request.pause_limit_ms:
+        yield Blocker(
+            f"the guest would stand still for about {estimate.pause_ms:.0f} ms,"
+            f" the limit is {request.pause_limit_ms:.0f} ms",
+            f"raise it (--pause-limit {2 * estimate.pause_ms:.0f}), or take it live",
+        )
+
+
+_MUST_BE: Mapping[str, str] = {"tls-creds": "", "mode": "normal"}
+"""Migration parameters that make a save to a file fail, or stop the guest (qapi/migration.json)."""
+
+_WRITTEN_BY_OTHERS = ("vhost-user-", "ivshmem-")
+"""Devices whose backends write to guest RAM from other processes, past its write protection."""
+
+_USE_PAUSED = "or accept a long pause with --method paused"
+
+
+def _live_blockers(facts: Facts, method: WindowMethod) -> Iterator[Blocker]:
+    if "background-snapshot" not in facts.migration.capabilities:
+        yield Blocker(
+            "this QEMU has no background snapshots", f"use QEMU 6 or newer, {_USE_PAUSED}"
+        )
+    if not facts.host.write_tracking:
+        yield Blocker(
+            "the QEMU process may not protect its own memory (userfaultfd)",
+            "run it as root, give it CAP_SYS_PTRACE or access to /dev/userfaultfd, or set"
+            f" vm.unprivileged_userfaultfd=1, {_USE_PAUSED}",
+        )
+    for reason in facts.memory_backends:
+        yield Blocker(reason, f"use anonymous memory, memfd or a file on tmpfs, {_USE_PAUSED}")
+    for device in facts.topology.devices:
+        if device.partition("=")[2].startswith(_WRITTEN_BY_OTHERS):
+            yield Blocker(
+                f"the RAM behind the device {device!r} is written by another process, unnoticed",
+                f"take the device out, {_USE_PAUSED}",
+            )
+    if method == "live-storage-first" and facts.run_state != "running":
+        yield Blocker(
+            "this QEMU would let the paused guest run after a live snapshot",
+            "let it run first",
+        )
