@@ -11,16 +11,18 @@ from pathlib import Path
 
 import msgspec
 
+from calotype.model.labels import UNLABELLED, Labels, labelled
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import VmRecord
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE vms (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, parent TEXT);
 CREATE TABLE snapshots (
     id TEXT PRIMARY KEY, vm_id TEXT NOT NULL, parent TEXT, tag TEXT NOT NULL,
     description TEXT NOT NULL, instant TEXT NOT NULL, method TEXT NOT NULL,
-    run_state TEXT NOT NULL, machine_state TEXT NOT NULL, bytes INTEGER NOT NULL, pause_ms REAL
+    run_state TEXT NOT NULL, machine_state TEXT NOT NULL, bytes INTEGER NOT NULL, pause_ms REAL,
+    is_protected INTEGER NOT NULL
 );
 CREATE INDEX by_vm ON snapshots (vm_id, instant);
 """
@@ -40,10 +42,12 @@ class SnapshotEntry(msgspec.Struct, frozen=True):
     machine_state: str
     bytes: int
     pause_ms: float | None
+    is_protected: bool = False
 
 
-def entry_of(manifest: Manifest) -> SnapshotEntry:
-    """The entry of a manifest."""
+def entry_of(manifest: Manifest, labels: Labels = UNLABELLED) -> SnapshotEntry:
+    """The entry of a manifest, with what the user said of it since."""
+    manifest = labelled(manifest, labels)
     return SnapshotEntry(
         id=manifest.id,
         vm_id=manifest.vm_id,
@@ -56,6 +60,7 @@ def entry_of(manifest: Manifest) -> SnapshotEntry:
         machine_state=manifest.machine_state.kind if manifest.machine_state else "none",
         bytes=manifest.bytes_written,
         pause_ms=manifest.timings.pause_ms,
+        is_protected=labels.is_protected,
     )
 
 
@@ -89,7 +94,9 @@ class Index:
         finally:
             database.close()
 
-    def rebuild(self, records: Iterable[VmRecord], manifests: Iterable[Manifest]) -> None:
+    def rebuild(
+        self, records: Iterable[VmRecord], manifests: Iterable[tuple[Manifest, Labels]]
+    ) -> None:
         """Make it anew, in one transaction: others see the old one or the new one."""
         kept = (list(records), list(manifests))
         try:
@@ -105,15 +112,17 @@ class Index:
             raise error
         self._path.unlink(missing_ok=True)
 
-    def _fill(self, records: Iterable[VmRecord], manifests: Iterable[Manifest]) -> None:
+    def _fill(
+        self, records: Iterable[VmRecord], manifests: Iterable[tuple[Manifest, Labels]]
+    ) -> None:
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("DELETE FROM vms")
             database.execute("DELETE FROM snapshots")
             for record in records:
                 _put_vm(database, record)
-            for manifest in manifests:
-                _put_snapshot(database, manifest)
+            for manifest, labels in manifests:
+                _put_snapshot(database, manifest, labels)
 
     def is_current(self, on_disk: tuple[Collection[str], Collection[str]]) -> bool:
         """Whether it holds just the VMs and snapshots that are *on_disk*, by their ids."""
@@ -137,10 +146,10 @@ class Index:
             database.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
             database.execute("DELETE FROM snapshots WHERE vm_id = ?", (vm_id,))
 
-    def put_snapshot(self, manifest: Manifest) -> None:
-        """Add a snapshot."""
+    def put_snapshot(self, manifest: Manifest, labels: Labels = UNLABELLED) -> None:
+        """Add or replace a snapshot."""
         with self._open() as database:
-            _put_snapshot(database, manifest)
+            _put_snapshot(database, manifest, labels)
 
     def remove_snapshot(self, snapshot: str) -> None:
         """Remove a snapshot."""
@@ -162,13 +171,15 @@ class Index:
 
     def snapshots(self, vm_id: str) -> list[SnapshotEntry]:
         """All snapshots of a VM, oldest first."""
-        columns = ", ".join(SnapshotEntry.__struct_fields__)
+        fields = SnapshotEntry.__struct_fields__
+        columns = ", ".join(fields)
         with self._open() as database:
             rows = database.execute(
                 f"SELECT {columns} FROM snapshots WHERE vm_id = ? ORDER BY instant, id",  # noqa: S608
                 (vm_id,),
             ).fetchall()
-        return [SnapshotEntry(*row) for row in rows]
+        members = (dict(zip(fields, row, strict=True)) for row in rows)
+        return [msgspec.convert(each, SnapshotEntry, strict=False) for each in members]
 
 
 def _version(database: sqlite3.Connection) -> int:
@@ -198,7 +209,7 @@ def _put_vm(database: sqlite3.Connection, record: VmRecord) -> None:
     )
 
 
-def _put_snapshot(database: sqlite3.Connection, manifest: Manifest) -> None:
-    row = msgspec.structs.astuple(entry_of(manifest))
+def _put_snapshot(database: sqlite3.Connection, manifest: Manifest, labels: Labels) -> None:
+    row = msgspec.structs.astuple(entry_of(manifest, labels))
     places = ", ".join("?" * len(row))
     database.execute(f"INSERT OR REPLACE INTO snapshots VALUES ({places})", row)  # noqa: S608

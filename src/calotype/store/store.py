@@ -13,6 +13,7 @@
             snapshots/ID/
                 machine-state           RAM and devices, for the owner alone
                 manifest.json           written last; without it there is no snapshot
+                labels.json             what the user said of it since; may be missing
         forgotten/VM-ID/                what `forget` keeps
 
 Folders are named by ids of ours: a VM's name and a tag are data. Every file is replaced whole,
@@ -30,12 +31,13 @@ from typing import TypeVar
 import msgspec
 
 from calotype.errors import ConflictError, HostError, NotFoundError, StoreError
+from calotype.model.labels import Labels
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import Process, VmRecord
 from calotype.store.files import make_private_directory, sync_directory, write_atomically
 from calotype.store.index import Index
 
-_Kept = TypeVar("_Kept", VmRecord, Process, Manifest)
+_Kept = TypeVar("_Kept", VmRecord, Process, Manifest, Labels)
 
 
 class Store:
@@ -102,6 +104,11 @@ class Store:
         """The VMs that were forgotten; their images may still be immutable."""
         folders = sorted(self._forgotten.iterdir())
         return [_read(folder / "record.json", VmRecord) for folder in folders]
+
+    def forgotten_manifests(self, vm_id: str) -> list[Manifest]:
+        """The snapshots of a VM that was forgotten."""
+        paths = sorted((self._forgotten / vm_id).glob("snapshots/*/manifest.json"))
+        return [_read(path, Manifest) for path in paths]
 
     def make_vm_folder(self, vm_id: str) -> None:
         """Make the folder for a VM; one that is there is no error."""
@@ -187,12 +194,38 @@ class Store:
         folder = self.snapshot_folder(manifest.vm_id, manifest.id)
         _write(folder / "manifest.json", manifest)
         sync_directory(folder.parent)
-        self.index.put_snapshot(manifest)
+        self.index.put_snapshot(manifest, self.labels(manifest.vm_id, manifest.id))
 
     def revoke(self, vm_id: str, snapshot: str) -> None:
         """Undo `commit`."""
         (self.snapshot_folder(vm_id, snapshot) / "manifest.json").unlink(missing_ok=True)
         self.index.remove_snapshot(snapshot)
+
+    def drop_snapshot(self, vm_id: str, snapshot: str) -> None:
+        """Make a snapshot not exist, durably, though its other files stay; idempotent."""
+        folder = self.snapshot_folder(vm_id, snapshot)
+        (folder / "manifest.json").unlink(missing_ok=True)
+        if folder.exists():
+            sync_directory(folder)
+        self.index.remove_snapshot(snapshot)
+
+    def remove_snapshot_files(self, vm_id: str, snapshot: str) -> None:
+        """Remove the folder of a snapshot that does not exist; one that is gone is no error."""
+        folder = self.snapshot_folder(vm_id, snapshot)
+        assert not (folder / "manifest.json").exists()
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        sync_directory(folder.parent)
+
+    def labels(self, vm_id: str, snapshot: str) -> Labels:
+        """What the user said of a snapshot since it was taken."""
+        path = self.snapshot_folder(vm_id, snapshot) / "labels.json"
+        return _read(path, Labels) if path.exists() else Labels()
+
+    def save_labels(self, manifest: Manifest, labels: Labels) -> None:
+        """Keep what the user says of a snapshot, in place of what was said before."""
+        _write(self.snapshot_folder(manifest.vm_id, manifest.id) / "labels.json", labels)
+        self.index.put_snapshot(manifest, labels)
 
     # --- index -----------------------------------------------------------------------------------
 
@@ -200,7 +233,8 @@ class Store:
         """Make the index anew from records and manifests; return how many snapshots there are."""
         vm_ids, snapshots = self._ids_on_disk()
         manifests = [_read(path / "manifest.json", Manifest) for path in snapshots.values()]
-        self.index.rebuild(map(self.record, vm_ids), manifests)
+        labelled = [(each, self.labels(each.vm_id, each.id)) for each in manifests]
+        self.index.rebuild(map(self.record, vm_ids), labelled)
         return len(manifests)
 
     def _ids_on_disk(self) -> tuple[set[str], dict[str, Path]]:
