@@ -16,7 +16,7 @@ from calotype.errors import CalotypeError, RequestError
 
 COMMANDS = (
     "run", "ps", "start", "stop", "forget", "console", "logs",
-    "take", "list", "show", "restore", "doctor",
+    "take", "list", "show", "restore", "delete", "doctor",
 )  # fmt: skip
 """In the order in which a user meets them; each is `calotype.cli.NAME_cmd`."""
 
