@@ -22,6 +22,7 @@ from builders import (
 )
 from calotype import errors
 from calotype.cli.main import COMMANDS, cli
+from calotype.engine.delete_effects import DELETE_EFFECTS
 from calotype.engine.restore_effects import RESTORE_EFFECTS
 from calotype.engine.take_effects import TAKE_EFFECTS
 from calotype.errors import FAMILIES, CalotypeError
@@ -218,7 +219,11 @@ def restored() -> set[type[Step]]:
 
 
 def test_every_kind_of_step_has_an_effect() -> None:
-    assert step_kinds() == TAKE_EFFECTS.keys() | RESTORE_EFFECTS.keys()
+    assert step_kinds() == (TAKE_EFFECTS.keys() | RESTORE_EFFECTS.keys() | DELETE_EFFECTS.keys())
+
+
+def test_a_step_of_a_delete_is_never_undone() -> None:
+    assert [effect.revert for effect in DELETE_EFFECTS.values()] == [None] * len(DELETE_EFFECTS)
 
 
 def test_a_take_has_an_effect_for_each_step_it_plans_and_for_no_other() -> None:

@@ -16,7 +16,8 @@ from calotype.errors import CalotypeError, RequestError
 
 COMMANDS = (
     "run", "ps", "start", "stop", "forget", "console", "logs",
-    "take", "list", "show", "restore", "delete", "doctor",
+    "take", "list", "show", "restore",
+    "delete", "du", "tag", "describe", "protect", "unprotect", "doctor",
 )  # fmt: skip
 """In the order in which a user meets them; each is `calotype.cli.NAME_cmd`."""
 

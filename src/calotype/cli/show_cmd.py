@@ -24,6 +24,7 @@ def command(
     import msgspec  # noqa: PLC0415
 
     from calotype.engine.select import select  # noqa: PLC0415
+    from calotype.model.labels import labelled  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path)
@@ -32,9 +33,11 @@ def command(
         say(settings, {"vm": msgspec.to_builtins(record)}, list(_vm_lines(record)))
         return
     entry = select(store, record, id_prefix=id_prefix, tag=tag, latest=latest)
-    manifest = store.manifest(record.id, entry.id)
-    told = {"snapshot": msgspec.to_builtins(manifest)}
-    say(settings, told, list(_snapshot_lines(manifest)))
+    labels = store.labels(record.id, entry.id)
+    manifest = labelled(store.manifest(record.id, entry.id), labels)
+    told = {"snapshot": {**msgspec.to_builtins(manifest), "is_protected": labels.is_protected}}
+    protected = ["protected"] * labels.is_protected
+    say(settings, told, [*_snapshot_lines(manifest), *protected])
 
 
 def _vm_lines(record: "VmRecord") -> Iterator[str]:

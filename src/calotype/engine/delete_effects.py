@@ -12,7 +12,7 @@ switches. So whichever of the two the record names whenever we die, it has the n
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -118,7 +118,8 @@ async def _record_merged(deleting: Deleting, step: RecordMerged) -> None:
 async def _merge_down(deleting: Deleting, step: MergeDown) -> None:
     if not Path(step.top.path).exists():
         return
-    with _writable((step.top, step.base, *step.children), step.active):
+    recorded = {step.top.path, step.base.path} if _is_switch(step) else {step.active}
+    with _writable((step.top, step.base, *step.children), recorded):
         if not await _merged_live(deleting, step) and not _is_recorded(deleting, step):
             _require_stands(step.top, step.base)
             await offline_merge.commit(step.top, step.base, _share(deleting, step.top))
@@ -215,7 +216,7 @@ def _is_recorded(deleting: Deleting, step: MergeDown) -> bool:
 
 async def _merge_up(deleting: Deleting, step: MergeUp) -> None:
     await _must_be_closed(deleting, step.children)
-    with _writable(step.children, step.active):
+    with _writable(step.children, {step.active}):
         for child in step.children:
             if _backing(child) != step.onto:
                 below = filter(None, (_backing(child),))
@@ -276,15 +277,15 @@ def _require_stands(image: Image, onto: Image | None) -> None:
 
 
 @contextlib.contextmanager
-def _writable(changed: Iterable[Image], active: str) -> Iterator[None]:
-    """Thaw images for the length of a block; all but the active one are frozen in the end."""
+def _writable(changed: Iterable[Image], active: Collection[str]) -> Iterator[None]:
+    """Thaw images for the length of a block; all but those *active* are frozen in the end."""
     paths = [Path(image.path) for image in changed if Path(image.path).exists()]
     for path in paths:
         mode = images.mode(path)
         images.thaw(path, images.Frozen(mode | 0o600, immutable=True))
     yield
     for path in paths:
-        if str(path) != active:
+        if str(path) not in active:
             images.freeze(path)
 
 
@@ -297,7 +298,7 @@ async def _delete_inside(deleting: Deleting, step: DeleteInside) -> None:
     before = _inside(path)
     if (step.internal_id, step.internal_name) not in before:
         return
-    with _writable((step.image,), step.active):
+    with _writable((step.image,), {step.active}):
         if not await _deleted_live(deleting, step):
             if [name for _, name in before].count(step.internal_name) > 1:
                 raise HostError(

@@ -119,7 +119,9 @@ async def look_around(store: Store, record: VmRecord, *, is_holder: bool = False
         record=record,
         manifests=manifests,
         protected=frozenset(
-            entry.id for entry in store.index.snapshots(record.id) if entry.is_protected
+            manifest.id
+            for manifest in manifests
+            if store.labels(record.id, manifest.id).is_protected
         ),
         disks=disks,
         identities=_identities(disks),
