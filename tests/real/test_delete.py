@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from calotype.engine import delete_effects, deletion, launch
-from calotype.engine.delete_effects import DELETE_EFFECTS, Deleting
+from calotype.engine import deletion, launch, merging
+from calotype.engine.delete_effects import DELETE_EFFECTS
 from calotype.engine.execute import execute
+from calotype.engine.merging import Deleting
 from calotype.engine.progress import silent
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import Image
@@ -428,14 +429,14 @@ def test_a_switch_that_was_cut_off_is_finished(
             await monitor.execute("stop")
             await live_merge.caught_up(monitor, step.job)
         if stage in ("recorded", "completed"):
-            delete_effects._record_active(deleting, step, step.base)
+            merging._record_active(deleting, step, step.base)
         if stage == "completed":
             await monitor.execute("job-complete", id=step.job)
             await live_merge.reached(monitor, step.job, "concluded", lambda _: None)
         raise Cut
 
     with monkeypatch.context() as cutting:
-        cutting.setattr(delete_effects, "_switch", cut)
+        cutting.setattr(merging, "_switch", cut)
         with pytest.raises(Cut):
             carry_out(plain, plan.steps)
     if dies:
@@ -447,6 +448,41 @@ def test_a_switch_that_was_cut_off_is_finished(
     assert plain.contents() == {"now": newest}
     assert plain.overlays() == []
     assert plain.run_state() == "running"
+    plain.check()
+
+
+def test_a_switch_that_is_cancelled_is_seen_through_and_the_guest_runs(
+    plain: Vm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain.write()
+    plain.take(*DISKS_ONLY)
+    plain.write()
+    plan = planned(plain, *plain.snapshots())
+    reached = live_merge.reached
+    work: list[asyncio.Task[None]] = []
+
+    async def cancelling(monitor: Monitor, job: str, wanted: str, told: Callable[..., None]) -> str:
+        if wanted == "concluded":
+            work[0].cancel()
+        return await reached(monitor, job, wanted, told)
+
+    async def cancelled() -> None:
+        store = Store(plain.store)
+        record = store.record(plain.home.name)
+        deleting = Deleting(store, record, launch.is_running(store, record), silent)
+        work.append(asyncio.create_task(execute(plan.steps, DELETE_EFFECTS, deleting)))
+        await work[0]
+
+    with monkeypatch.context() as cutting:
+        cutting.setattr(live_merge, "reached", cancelling)
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(cancelled())
+    assert plain.run_state() == "running"
+    plain.write()
+    newest = plain.contents()["now"]
+    carry_out(plain, plan.steps)
+    assert plain.contents() == {"now": newest}
+    assert plain.overlays() == []
     plain.check()
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from calotype.engine import launch
-from calotype.engine.delete_effects import DELETE_EFFECTS, Deleting
+from calotype.engine.delete_effects import DELETE_EFFECTS
 from calotype.engine.execute import execute
+from calotype.engine.merging import Deleting
 from calotype.engine.progress import Progress, silent
 from calotype.errors import BlockedError, CalotypeError, MismatchError
 from calotype.formats.qcow2 import Header, Metadata

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from calotype.model.identity import Identity, differences
 from calotype.model.snapshot import Manifest, StoragePart
 from calotype.model.vm import VmRecord
+from calotype.plan.delete_costs import Merge, freed_bytes, merges, peak_bytes
 from calotype.plan.delete_steps import Settled, delete_steps, touched
 from calotype.plan.layers import (
     DiskLayers,
@@ -23,16 +24,12 @@ from calotype.plan.layers import (
     Replace,
     Stay,
     Up,
-    growth_bytes,
     settle,
     stays,
 )
 from calotype.plan.restore import Mismatch
 from calotype.plan.steps import Step
 from calotype.plan.take import MIB, Blocker
-
-MERGED_BYTES_PER_S = 300_000_000
-"""What a merge writes in a second, for the estimate."""
 
 
 class DeleteRequest(Struct, frozen=True):
@@ -59,17 +56,6 @@ class Catalogue(Struct, frozen=True):
     """Whether the guest runs."""
     faults: tuple[Blocker, ...] = ()
     """What is wrong with the QEMU that runs, if it is in the way of any merge."""
-
-
-class Merge(Struct, frozen=True):
-    """One merge, for people."""
-
-    direction: str
-    """down: into the image below; up: into the images above."""
-    source: str
-    target: tuple[str, ...]
-    bytes: int
-    seconds: float
 
 
 class DeletePlan(Struct, frozen=True):
@@ -104,8 +90,8 @@ def plan_delete(catalogue: Catalogue, request: DeleteRequest) -> DeletePlan:
     doomed = _doomed(catalogue, request)
     disks = [_settle(catalogue, disk, doomed) for disk in catalogue.disks]
     operations = [operation for disk in disks for operation in disk.operations]
-    merges = tuple(_merges(operations))
-    least, most = _freed(operations)
+    all_merges = tuple(merges(operations))
+    least, most = freed_bytes(operations)
     states = sum(catalogue.state_bytes.get(snapshot, 0) for snapshot in doomed)
     parents = _parents(catalogue, doomed)
     return DeletePlan(
@@ -118,8 +104,8 @@ def plan_delete(catalogue: Catalogue, request: DeleteRequest) -> DeletePlan:
         freed_bytes=max(0, states + least),
         freed_limit_bytes=states + most,
         removes=tuple(each.layer.path for each in operations if isinstance(each, Remove)),
-        merges=merges,
-        seconds=round(sum(merge.seconds for merge in merges), 1),
+        merges=all_merges,
+        seconds=round(sum(merge.seconds for merge in all_merges), 1),
         stays=tuple(stay for disk in disks for stay in stays(disk.end)),
         blockers=tuple(_blockers(catalogue, doomed, disks)),
         mismatches=tuple(_mismatches(catalogue, doomed, disks)),
@@ -223,45 +209,6 @@ def _staying(disk: DiskLayers, operations: list[Operation]) -> set[str]:
     return disk.layers.keys() - gone
 
 
-def _merges(operations: list[Operation]) -> Iterator[Merge]:
-    for operation in operations:
-        match operation:
-            case Down(top, base, _):
-                yield _merge("down", top.path, (base.path,), top.allocated_bytes)
-            case Up(layer, children, onto):
-                targets = tuple(child.path for child in children)
-                if layer is not None:
-                    copied = layer.allocated_bytes * len(children)
-                    yield _merge("up", layer.path, targets, copied)
-                elif onto is not None:
-                    yield _merge("up", onto.path, targets, children[0].virtual_size_bytes)
-            case _:
-                pass
-
-
-def _merge(direction: str, source: str, target: tuple[str, ...], size_bytes: int) -> Merge:
-    seconds = round(size_bytes / MERGED_BYTES_PER_S, 1)
-    return Merge(direction, source, target, size_bytes, seconds)
-
-
-def _freed(operations: list[Operation]) -> tuple[int, int]:
-    """How many bytes the operations free: at least, and at most."""
-    least = most = 0
-    for operation in operations:
-        match operation:
-            case Remove(layer) | Replace(origin=layer):
-                least, most = least + layer.allocated_bytes, most + layer.allocated_bytes
-            case Down(top, base, _):
-                least += top.allocated_bytes - growth_bytes(top, base)
-                most += min(top.allocated_bytes, base.allocated_bytes)
-            case Up(Layer() as layer, children, _):
-                least -= layer.allocated_bytes * (len(children) - 1)
-                most += layer.allocated_bytes
-            case _:
-                pass
-    return least, most
-
-
 # --- what is in the way --------------------------------------------------------------------------
 
 
@@ -278,7 +225,7 @@ def _blockers(
     if any(operation for disk in disks for operation in disk.operations if _is_live(operation)):
         yield from catalogue.faults
     for disk in disks:
-        if (needed := _peak_bytes(disk)) > disk.before.free_bytes:
+        if (needed := peak_bytes(disk.operations)) > disk.before.free_bytes:
             yield Blocker(
                 f"merging takes up to {needed // MIB} MiB for a while,"
                 f" {disk.before.free_bytes // MIB} MiB are free beside {disk.before.origin.path}",
@@ -296,25 +243,6 @@ def _blockers(
 
 def _is_live(operation: Operation) -> bool:
     return isinstance(operation, Down) and operation.top.is_open
-
-
-def _peak_bytes(disk: Settled) -> int:
-    """The most that the merges take at any moment, beyond what is taken now."""
-    taken = peak = 0
-    for operation in disk.operations:
-        match operation:
-            case Remove(layer):
-                taken -= layer.allocated_bytes
-            case Down(top, base, _):
-                peak = max(peak, taken + growth_bytes(top, base))
-                taken += growth_bytes(top, base) - top.allocated_bytes
-            case Up(Layer() as layer, children, _):
-                copied = layer.allocated_bytes * len(children)
-                peak = max(peak, taken + copied)
-                taken += copied - layer.allocated_bytes
-            case _:
-                pass
-    return peak
 
 
 def _mismatches(
