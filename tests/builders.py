@@ -217,6 +217,7 @@ def make_manifest(storage: Iterable[StoragePart] | None = None, **changes: Any) 
         run_state="running",
         machine_state=make_state(),
         storage=(make_part(),) if storage is None else tuple(storage),
+        read_only=(),
         topology=make_topology(),
         definition=DEFINITION,
         argv=("qemu-system-x86_64", "-m", "1G"),

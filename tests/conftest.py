@@ -1,15 +1,19 @@
 """What all tests share: the witness is built once, and what a test froze is thawed again."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from calotype.qemu import process
 from calotype.testing.machine import thaw_all
+from calotype.testing.whole import picture
 from calotype.testing.witness import Witness, witness
 from calotype.testing.witness_vm import WitnessVm
+from crashing import DISKS, OPERATIONS, Done, Subject
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,3 +47,43 @@ def boot(folder: Path, built_witness: Witness) -> Iterator[Callable[..., Witness
     yield booted
     for vm in vms:
         vm.clean_up()
+
+
+# --- machines that crash tests are played on ----------------------------------------------------
+
+
+def _run(folder: Path) -> Subject:
+    vm = Subject(folder, disks=DISKS)
+    vm.make_disks()
+    vm.run()
+    return vm
+
+
+@pytest.fixture
+def subject(folder: Path) -> Iterator[Subject]:
+    """A machine that runs; ended in the end by its pid, also if it hangs."""
+    vm = _run(folder)
+    yield vm
+    for qemu in process.find("CALOTYPE_VM", vm.home.name):
+        os.kill(qemu.pid, signal.SIGCONT)
+        os.kill(qemu.pid, signal.SIGKILL)
+    vm.clean_up()
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """What is there when an operation has succeeded, by its name; each is played once."""
+    pictures: dict[str, dict[str, Any]] = {}
+
+    def look(name: str) -> dict[str, Any]:
+        if name not in pictures:
+            vm = _run(tmp_path_factory.mktemp("done"))
+            try:
+                OPERATIONS[name].prepare(vm)
+                vm.calotype(*OPERATIONS[name].words)
+                pictures[name] = picture(vm)
+            finally:
+                vm.clean_up()
+        return pictures[name]
+
+    return look

@@ -11,7 +11,7 @@
     ├── PauseLimitError      8   the pause grew too long: given up, the guest runs on
     ├── HostError            9   a tool, a permission or space is missing on the host
     ├── StoreError          10   a file of the store is not what it claims to be
-    └── InterruptError     130   stopped by the user; what was begun was undone
+    └── InterruptError     130   stopped by the user; says what was undone
 
 An error is one line that says what is wrong, and one that says what to do about it. What a program
 would like to know travels as data. The numbers are the command's exit codes: one for each family.
@@ -25,7 +25,7 @@ class CalotypeError(Exception):
 
     Args:
         problem: One line that says what is wrong.
-        remedy: One line that says what to do; empty where nothing can be done.
+        remedy: One line that says what to do.
         **data: What a program would like to know, JSON-able.
     """
 
@@ -110,7 +110,7 @@ class StoreError(CalotypeError):
 
 
 class InterruptError(CalotypeError):
-    """Stopped by the user; what was begun was undone."""
+    """Stopped by the user; says whether what was begun was undone."""
 
     exit_code = 130
     family = "interrupt"

@@ -334,6 +334,9 @@ def devices(qmp: Qmp) -> str:
     return re.sub(r'chardev = "\w[^"]*"', "chardev", tree)
 
 
+SOCKETS = ("control", "query", "guard", "console")
+
+
 class Watched:
     """What a supervised QEMU inherits: sockets that listen before it starts, and a log."""
 
@@ -347,17 +350,15 @@ class Watched:
     ) -> Iterator[tuple[Qmp, Qmp]]:
         """Run *command* under supervision; give its two monitors."""
         with ExitStack() as stack:
-            sockets = [
-                stack.enter_context(socket.socket(socket.AF_UNIX))
-                for _ in ("control", "query", "console")
-            ]
-            for listener, name in zip(sockets, ("control", "query", "console"), strict=True):
+            sockets = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in SOCKETS]
+            for listener, name in zip(sockets, SOCKETS, strict=True):
                 listener.bind(str(self.folder / name))
                 listener.listen()
-            control, query, console = (listener.fileno() for listener in sockets)
-            endpoints = Endpoints(control, query, console, str(self.log))
+            descriptors = [listener.fileno() for listener in sockets]
+            control, query, guard, console = descriptors
+            endpoints = Endpoints(control, query, guard, console, str(self.log))
             watched = change(supervised(command, endpoints))
-            child = stack.enter_context(started(watched, self.folder, control, query, console))
+            child = stack.enter_context(started(watched, self.folder, *descriptors))
             for listener in sockets:
                 listener.close()
             yield (

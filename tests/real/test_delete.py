@@ -5,8 +5,10 @@ qemu-io while it does not; what each snapshot holds is read with qemu-img before
 """
 
 import asyncio
+import os
 import random
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,10 @@ from typing import Any
 import pytest
 
 from calotype.engine import deletion, launch, merging
-from calotype.engine.delete_effects import DELETE_EFFECTS
-from calotype.engine.execute import execute
-from calotype.engine.merging import Deleting
-from calotype.engine.progress import silent
+from calotype.engine.effects import EFFECTS
+from calotype.engine.world import World
 from calotype.model.snapshot import Manifest
-from calotype.model.vm import Image
+from calotype.model.vm import Image, VmRecord
 from calotype.plan.delete import DeletePlan, DeleteRequest
 from calotype.plan.steps import MergeDown, Step
 from calotype.qemu import live_merge
@@ -389,8 +389,14 @@ def carry_out(vm: Vm, steps: tuple[Step, ...]) -> None:
     """Carry out steps, by the QEMU that runs now."""
     store = Store(vm.store)
     record = store.record(vm.home.name)
-    deleting = Deleting(store, record, launch.is_running(store, record), silent)
-    asyncio.run(execute(steps, DELETE_EFFECTS, deleting))
+    asyncio.run(apply(store, record, steps))
+
+
+async def apply(store: Store, record: VmRecord, steps: tuple[Step, ...]) -> None:
+    """Let steps have their effects, without a journal."""
+    world = World(store, record)
+    for step in steps:
+        await EFFECTS[type(step)].apply(world, step)
 
 
 def planned(vm: Vm, *snapshots: str) -> DeletePlan:
@@ -424,12 +430,12 @@ def test_a_switch_that_was_cut_off_is_finished(
     newest = plain.contents()["now"]
     plan = planned(plain, *plain.snapshots())
 
-    async def cut(deleting: Deleting, monitor: Monitor, step: MergeDown) -> None:
+    async def cut(world: World, monitor: Monitor, step: MergeDown) -> None:
         if stage != "ready":
             await monitor.execute("stop")
             await live_merge.caught_up(monitor, step.job)
         if stage in ("recorded", "completed"):
-            merging._record_active(deleting, step, step.base)
+            merging._record_active(world, step, step.base)
         if stage == "completed":
             await monitor.execute("job-complete", id=step.job)
             await live_merge.reached(monitor, step.job, "concluded", lambda _: None)
@@ -469,8 +475,7 @@ def test_a_switch_that_is_cancelled_is_seen_through_and_the_guest_runs(
     async def cancelled() -> None:
         store = Store(plain.store)
         record = store.record(plain.home.name)
-        deleting = Deleting(store, record, launch.is_running(store, record), silent)
-        work.append(asyncio.create_task(execute(plan.steps, DELETE_EFFECTS, deleting)))
+        work.append(asyncio.create_task(apply(store, record, plan.steps)))
         await work[0]
 
     with monkeypatch.context() as cutting:
@@ -484,6 +489,40 @@ def test_a_switch_that_is_cancelled_is_seen_through_and_the_guest_runs(
     assert plain.contents() == {"now": newest}
     assert plain.overlays() == []
     plain.check()
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_delete_whose_process_is_killed_is_finished_by_recover(
+    plain: Vm, is_running: bool
+) -> None:
+    for place in range(9):
+        if plain.pid() is None:
+            plain.calotype("start", plain.name)
+        plain.write()
+        snapshot = plain.take(*DISKS_ONLY)
+        plain.write()
+        if not is_running:
+            plain.stop()
+        newest = plain.contents()["now"]
+        words = ("delete", plain.name, "--id", snapshot)
+        assert len(planned(plain, snapshot).steps) == 9
+        assert killed(plain, f"{'done' if place % 2 else 'doing'}:{place}", words) == -9
+        (told,) = plain.calotype("recover")["recovered"]
+        assert (told["operation"], told["outcome"]) == ("delete", "finished")
+        assert plain.contents() == {"now": newest}
+        assert plain.overlays() == []
+        assert plain.run_state() == ("running" if is_running else "off")
+        plain.check()
+
+
+def killed(vm: Vm, moment: str, words: tuple[str, ...]) -> int:
+    """Run a command that is killed at a moment of it; its exit code."""
+    return subprocess.run(
+        [sys.executable, "-m", "calotype.testing.crash", moment, "kill-self", *words],
+        cwd=vm.folder,
+        env={**os.environ, "CALOTYPE_STORE": str(vm.store)},
+        check=False,
+    ).returncode
 
 
 # --- lives ---------------------------------------------------------------------------------------

@@ -37,18 +37,11 @@ def picture(vm: WitnessVm) -> dict[str, Any]:
         "run state": vm.qmp("query-status")["status"],
         "capabilities": vm.qmp("query-migrate-capabilities"),
         "bandwidth": parameters["max-bandwidth"],
-        "files": files(vm.folder),
+        "files": vm.files(),
         "catalogue": vm.calotype("list"),
         "record": vm.calotype("show", vm.name),
         "inside": inside(vm.folder / "zero.qcow2"),
     }
-
-
-def files(folder: Path) -> list[tuple[str, int]]:
-    """Every image, and every file of the store, by name and mode."""
-    logs = ("console.log", "qemu.log", "lock")
-    paths = (path for path in folder.rglob("*") if path.name not in logs)
-    return sorted((str(path.relative_to(folder)), path.stat().st_mode) for path in paths)
 
 
 def inside(path: Path) -> list[str]:
@@ -243,11 +236,11 @@ def test_a_state_that_cannot_be_loaded_undoes_the_restore(boot: Boot) -> None:
     with state.open("r+b") as file:
         file.truncate(state.stat().st_size // 2)
     vm.believe(snapshot)
-    before = (files(vm.folder), vm.calotype("list"), vm.calotype("show", vm.name))
+    before = (vm.files(), vm.calotype("list"), vm.calotype("show", vm.name))
     with pytest.raises(CommandFailed, match="cannot load the machine state") as failed:
         vm.calotype("restore", vm.name, "--id", snapshot)
     assert failed.value.data["exit_code"] == 7
-    assert (files(vm.folder), vm.calotype("list"), vm.calotype("show", vm.name)) == before
+    assert (vm.files(), vm.calotype("list"), vm.calotype("show", vm.name)) == before
     assert vm.pid() is None
     mark = vm.console_size()
     vm.calotype("start", vm.name)

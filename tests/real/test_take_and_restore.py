@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from calotype.engine import operations
-from calotype.engine.execute import Effect
-from calotype.engine.take_effects import TAKE_EFFECTS, Taking
+from calotype.engine import changing, operations
+from calotype.engine.effects import EFFECTS
+from calotype.engine.take_effects import Taking
+from calotype.engine.world import Effect
 from calotype.model.snapshot import Manifest
 from calotype.plan import take as planning
 from calotype.plan import window
@@ -153,8 +154,9 @@ def test_what_a_restore_leaves_behind_can_be_gone_back_to(boot: Boot) -> None:
     newest = vm.newest("one.raw")
     undo = vm.calotype("restore", vm.name, "--tag", "one")["undo"]
     vm.await_rounds(20, vm.console_size())
-    vm.kill()
-    assert vm.calotype(*undo[1:])["run_state"] == "off"
+    for words in undo[:-1]:
+        vm.calotype(*words[1:])
+    assert vm.calotype(*undo[-1][1:])["run_state"] == "off"
     assert vm.pid() is None
     assert vm.newest("one.raw") == newest
 
@@ -206,15 +208,15 @@ def test_twin_cont_at_active_is_caught(boot: Boot, monkeypatch: pytest.MonkeyPat
         (State.RESUMED, "STOP"): (State.RESUMED, None),
         (State.RESUMED, "RESUME"): (State.RESUMED, None),
     }
-    save = TAKE_EFFECTS[AwaitSave]
+    save = EFFECTS[AwaitSave]
 
     async def hurry(taking: Taking, step: AwaitSave) -> None:
         await taking.monitor.execute("migrate-set-parameters", max_bandwidth=1 << 40)
         await save.apply(taking, step)
 
     monkeypatch.setattr(planning, "_FAST_BYTES_PER_S", 1 << 20)
-    effects: dict[type[Step], Effect] = {**TAKE_EFFECTS, AwaitSave: Effect(hurry)}
-    monkeypatch.setattr(operations, "TAKE_EFFECTS", effects)
+    effects: dict[type[Step], Effect] = {**EFFECTS, AwaitSave: Effect(hurry)}
+    monkeypatch.setattr(changing, "EFFECTS", effects)
     vm = boot(memory_mib=512, pool_mib=256)
     assert_caught(vm, lambda: broken_take(vm, monkeypatch, rows))
 

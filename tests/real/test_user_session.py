@@ -117,11 +117,12 @@ def test_a_session(boot: Boot) -> None:
     assert "off" in shell("ps")
     restored = shell("restore 'web 1' --tag 'before lunch'")
     undo = restored.strip().splitlines()[-1]
-    assert undo.startswith("calotype restore 'web 1' --id ")
+    assert undo.startswith("calotype stop 'web 1' --now --store ")
     mark = vm.console_size()
     assert vm.testimony(mark).is_consistent
-    shell("stop 'web 1' --now")
-    assert "is off" in shell(undo.removeprefix("calotype "))
+    stopping, going_back = undo.split(" && ")
+    shell(stopping.removeprefix("calotype "))
+    assert "is off" in shell(going_back.removeprefix("calotype "))
     assert "kept" in shell("forget 'web 1'")
     assert shell("ps -q") == ""
 
@@ -220,7 +221,7 @@ def test_a_vm_that_was_forgotten_keeps_its_images_to_itself(small: Machine) -> N
     kept = shell("forget small")
     assert "newest content in" in kept
     said = shell(f"run other -- {shlex.join(small.argv())}", expected=6)
-    assert "belongs to the forgotten VM 'small', whose newest content is in" in said
+    assert "it was of the forgotten VM 'small'; its newest content is in" in said
 
 
 def test_a_command_line_that_cannot_start_leaves_nothing(folder: Path) -> None:

@@ -4,7 +4,9 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -22,14 +24,14 @@ from builders import (
 )
 from calotype import errors
 from calotype.cli.main import COMMANDS, cli
+from calotype.engine.abandon_effects import ABANDON_EFFECTS
 from calotype.engine.delete_effects import DELETE_EFFECTS
-from calotype.engine.restore_effects import RESTORE_EFFECTS
-from calotype.engine.take_effects import TAKE_EFFECTS
+from calotype.engine.effects import EFFECTS
 from calotype.errors import FAMILIES, CalotypeError
 from calotype.model.vm import Image
 from calotype.plan import steps
 from calotype.plan.restore import RestoreRequest, plan_restore
-from calotype.plan.steps import Step
+from calotype.plan.steps import AnyStep, Define, LetRun, RecordStarted, StartQemu, Step
 from calotype.plan.take import TakeRequest, plan_take
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +117,86 @@ def test_a_family_stands_in_the_tree_with_its_exit_code(family: type[CalotypeErr
 def test_the_tree_names_no_error_that_there_is_not() -> None:
     for name in re.findall(r"[├└]── (\w+)", errors.__doc__ or ""):
         assert issubclass(getattr(errors, name), CalotypeError)
+
+
+NO_REMEDY_NEEDED = {
+    "calotype/testing/machine.py": "it tells what the command told, remedy and all",
+}
+"""Modules whose errors may say only what is wrong, and why."""
+
+
+def kinds_of_errors() -> set[str]:
+    """The names of all classes of errors of ours, wherever they are defined."""
+    known = {CalotypeError.__name__}
+    trees = [ast.parse(path.read_text()) for path in SOURCES]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    for _ in classes:
+        known |= {each.name for each in classes if {ast.unparse(b) for b in each.bases} & known}
+    return known
+
+
+def without_remedy(path: Path, kinds: set[str]) -> Iterator[int]:
+    """The lines on which an error of ours is made without a word on what to do."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in kinds):
+            continue
+        named = [word.value for word in node.keywords if word.arg == "remedy"]
+        remedy = node.args[1] if len(node.args) > 1 else next(iter(named), None)
+        is_empty = isinstance(remedy, ast.Constant) and not str(remedy.value).strip()
+        if remedy is None or is_empty:
+            yield node.lineno
+
+
+@by_module
+def test_every_error_says_what_to_do(path: Path) -> None:
+    name = str(path.relative_to(ROOT / "src"))
+    lines = list(without_remedy(path, kinds_of_errors()))
+    assert lines == [] or name in NO_REMEDY_NEEDED
+
+
+def test_an_error_without_a_remedy_would_be_found(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text(
+        "raise StoreError('a')\nraise errors.StoreError('a', '')\nCommandRefused('a', remedy=' ')\n"
+        "raise StoreError('a', 'b')\nStoreError(problem, error.remedy)\nraise ValueError('a')\n"
+    )
+    assert list(without_remedy(source, kinds_of_errors())) == [1, 2, 3]
+
+
+LACKS_ITS_NAME = re.compile(
+    r"`calotype (console|forget|list|logs|restore|show|start|stop)( -\S+)*`"
+)
+OPEN_COMMAND = re.compile(r"`calotype [^`]*$")
+
+
+def bad_suggestions(path: Path) -> Iterator[str]:
+    """Commands in the texts of a module that lack the VM, or name it without quoting it."""
+    tree = ast.parse(path.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield from (found[0] for found in LACKS_ITS_NAME.finditer(node.value))
+        if isinstance(node, ast.JoinedStr):
+            for text, value in pairwise(node.values):
+                is_open = isinstance(text, ast.Constant) and OPEN_COMMAND.search(str(text.value))
+                if is_open and "shlex." not in ast.unparse(value):
+                    yield ast.unparse(value)
+
+
+@by_module
+def test_a_suggested_command_can_be_typed_as_it_stands(path: Path) -> None:
+    name = str(path.relative_to(ROOT / "src"))
+    assert list(bad_suggestions(path)) == [], name
+
+
+def test_a_suggested_command_that_cannot_be_typed_would_be_found(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text(
+        '"""`calotype logs` prints."""\na = \'see `calotype logs --qemu`\'\n'
+        "b = f'`calotype stop {name}`'\nc = f'`calotype stop {shlex.quote(name)}`: {other}'\n"
+        "d = '`calotype logs NAME --qemu`, `calotype ps`'\n"
+    )
+    assert list(bad_suggestions(source)) == ["`calotype logs --qemu`", "{name}"]
 
 
 def rows(page: str) -> list[list[str]]:
@@ -218,20 +300,24 @@ def restored() -> set[type[Step]]:
     return {type(step) for plan in plans for step in plan.steps}
 
 
+STARTED: set[type[Step]] = {Define, StartQemu, RecordStarted, LetRun}
+"""What a start is made of (`operations._start`)."""
+
+
 def test_every_kind_of_step_has_an_effect() -> None:
-    assert step_kinds() == (TAKE_EFFECTS.keys() | RESTORE_EFFECTS.keys() | DELETE_EFFECTS.keys())
+    assert step_kinds() == EFFECTS.keys() | ABANDON_EFFECTS.keys()
+
+
+def test_every_effect_is_one_of_a_step_that_is_planned() -> None:
+    assert EFFECTS.keys() == taken() | restored() | STARTED | DELETE_EFFECTS.keys()
 
 
 def test_a_step_of_a_delete_is_never_undone() -> None:
     assert [effect.revert for effect in DELETE_EFFECTS.values()] == [None] * len(DELETE_EFFECTS)
 
 
-def test_a_take_has_an_effect_for_each_step_it_plans_and_for_no_other() -> None:
-    assert taken() == set(TAKE_EFFECTS)
-
-
-def test_a_restore_has_an_effect_for_each_step_it_plans_and_for_no_other() -> None:
-    assert restored() == set(RESTORE_EFFECTS)
+def test_a_journal_can_hold_every_kind_of_step() -> None:
+    assert step_kinds() == set(get_args(AnyStep))
 
 
 # --- what git keeps ------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import select
+import shlex
 import socket
 import sys
 import termios
@@ -40,7 +41,9 @@ def command(settings: Settings, name: str) -> None:
     store = Store(settings.store_path)
     record = store.find(name)
     if launch.is_running(store, record) is None:
-        raise ConflictError(f"the VM {name!r} does not run", f"`calotype start {name}`")
+        raise ConflictError(
+            f"the VM {name!r} does not run", f"`calotype start {shlex.quote(name)}`"
+        )
     if not has_console(CommandLine.parse(record.argv)):
         raise ConflictError(
             f"{name!r} has no console of ours",
@@ -61,7 +64,8 @@ def _alone(path: Path, name: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConflictError(
-                f"the console of {name!r} is in use", "`calotype logs -f` may be enough"
+                f"the console of {name!r} is in use",
+                f"`calotype logs -f {shlex.quote(name)}` may be enough",
             ) from error
         yield
 

@@ -5,12 +5,26 @@ from typing import TYPE_CHECKING
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say, size
+from calotype.cli.output import (
+    Settings,
+    Stopped,
+    common,
+    error_members,
+    run_async,
+    say,
+    size,
+    tell_error,
+)
 
 if TYPE_CHECKING:
     from calotype.model.vm import VmRecord
     from calotype.plan.delete import DeletePlan
     from calotype.store.store import Store
+
+
+_STOPPED = Stopped(
+    "stopped: what was begun is not undone", "`calotype recover` goes on with it, and finishes it"
+)
 
 
 @click.command("delete")
@@ -52,15 +66,10 @@ def command(
     request = DeleteRequest(chosen, children)
     if dry_run:
         plan = run_async(deletion.delete_plan_only(store, name, request))
-        _say_plan(settings, plan)
-        if plan.mismatches or plan.blockers:
-            from calotype.errors import BlockedError, MismatchError  # noqa: PLC0415
-
-            family = MismatchError if plan.mismatches else BlockedError
-            raise click.exceptions.Exit(family.exit_code)
+        _say_plan(settings, name, plan)
         return
     with progress_bar(quiet or settings.as_json) as progress:
-        plan = run_async(deletion.delete(store, name, request, progress=progress))
+        plan = run_async(deletion.delete(store, name, request, progress=progress), _STOPPED)
     _say_deleted(settings, name, plan, quiet)
 
 
@@ -82,10 +91,19 @@ def _chosen(
     return frozenset(select(store, record, id_prefix=prefix).id for prefix in id_prefixes)
 
 
-def _say_plan(settings: Settings, plan: "DeletePlan") -> None:
+def _say_plan(settings: Settings, name: str, plan: "DeletePlan") -> None:
+    """Print a plan; one that cannot be carried out is printed whole too, and then fails."""
     import msgspec  # noqa: PLC0415
 
-    say(settings, {"plan": msgspec.to_builtins(plan)}, list(_plan_lines(plan)))
+    from calotype.plan.delete import as_error  # noqa: PLC0415
+
+    error = as_error(name, plan)
+    told = {"plan": msgspec.to_builtins(plan)}
+    told |= {"error": error_members(error)} if error else {}
+    say(settings, told, list(_plan_lines(plan)))
+    if error:
+        tell_error(error)
+        raise click.exceptions.Exit(error.exit_code)
 
 
 def _plan_lines(plan: "DeletePlan") -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import click
 
-from calotype.cli.output import Settings, common, say, snapshot_choice
+from calotype.cli.output import Settings, common, run_async, say, snapshot_choice
 
 
 @click.command("describe")
@@ -19,8 +19,7 @@ def command(
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path)
-    record = store.find(name)
-    entry = select(store, record, id_prefix=id_prefix, tag=tag, latest=latest)
-    labelling.describe(store, record, entry.id, text)
+    entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
+    run_async(labelling.describe(store, name, entry.id, text))
     told = {"vm": name, "id": entry.id, "description": text}
     say(settings, told, [f"{entry.id}  {text!r}"])

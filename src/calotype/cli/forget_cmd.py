@@ -2,7 +2,7 @@
 
 import click
 
-from calotype.cli.output import Settings, common, say
+from calotype.cli.output import Settings, common, run_async, say
 
 
 @click.command("forget")
@@ -16,7 +16,7 @@ def command(settings: Settings, name: str) -> None:
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    record, folder, manifests = operations.forget(Store(settings.store_path), name)
+    record, folder, manifests = run_async(operations.forget(Store(settings.store_path), name))
     disks = {disk.name: disk.active.path for disk in record.disks}
     told = {
         "vm": name,

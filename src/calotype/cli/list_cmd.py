@@ -1,15 +1,17 @@
 """`calotype list`: the snapshots of each VM as a tree, with where it stands now."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from calotype.cli.output import Settings, common, say, size
+from calotype.cli.output import Settings, common, say_with_damage, size
 
 if TYPE_CHECKING:
     from calotype.model.vm import VmRecord
     from calotype.store.index import SnapshotEntry
+    from calotype.store.store import Store
 
 
 @click.command("list")
@@ -23,14 +25,18 @@ def command(settings: Settings, name: str | None, quiet: bool) -> None:
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path)
-    records = [store.find(name)] if name is not None else store.records()
+    records, damage = ([store.find(name)], []) if name is not None else store.sound_records()
+    for record in records:
+        damage += store.sound_manifests(record.id)[1]
     entries = {record.id: store.index.snapshots(record.id) for record in records}
+    places = {record.id: place(store, record) for record in records}
     told = {
         "vms": [
             {
                 "name": record.name,
                 "vm_id": record.id,
-                "now": record.parent,
+                "now": places[record.id].parent,
+                "under_way": places[record.id].under_way,
                 "snapshots": msgspec.to_builtins(entries[record.id]),
             }
             for record in records
@@ -41,19 +47,55 @@ def command(settings: Settings, name: str | None, quiet: bool) -> None:
         lines += (
             [entry.id for entry in entries[record.id]]
             if quiet
-            else [record.name, *draw(record, entries[record.id])]
+            else [record.name, *draw(places[record.id], entries[record.id])]
         )
-    say(settings, told, lines)
+    say_with_damage(settings, told, lines, store.damage + damage)
 
 
-def draw(record: "VmRecord", entries: "Sequence[SnapshotEntry]") -> list[str]:
-    """The tree of one VM's snapshots, a line each; a snapshot without a known parent is a root."""
+class Place(NamedTuple):
+    """Where a VM stands now."""
+
+    parent: str | None
+    """The snapshot that it descends from: while another is being taken, as before that."""
+    under_way: str | None = None
+    """The snapshot that is being taken: it is recorded ahead of its manifest."""
+
+
+def place(store: "Store", record: "VmRecord") -> Place:
+    """Where a VM stands now."""
+    parent = record.parent
+    if parent is None or not store.is_under_way(record.id, parent):
+        return Place(parent)
+    return Place(_parent_before(store, record.id, parent), parent)
+
+
+def _parent_before(store: "Store", vm_id: str, snapshot: str) -> str | None:
+    """What a VM descended from before a snapshot was begun, as its journal has it; else None."""
+    from calotype.errors import StoreError  # noqa: PLC0415
+    from calotype.store import journal  # noqa: PLC0415
+
+    for path in store.unfinished(vm_id):
+        with contextlib.suppress(StoreError, OSError):  # it may just have ended
+            match journal.read(path)[:1]:
+                case (journal.Began(snapshot=about, record=record),) if about == snapshot:
+                    return record.parent
+    return None
+
+
+def draw(place: Place, entries: "Sequence[SnapshotEntry]") -> list[str]:
+    """The tree of one VM's snapshots, a line each; a snapshot without a known parent is a root.
+
+    While one is under way, `now` is where it was before; where nobody knows, it is no branch.
+    """
     known = {entry.id for entry in entries}
     children: dict[str | None, list[SnapshotEntry | None]] = {}
     for entry in entries:
         children.setdefault(entry.parent if entry.parent in known else None, []).append(entry)
-    children.setdefault(record.parent if record.parent in known else None, []).append(None)
-    return list(_lines(children))
+    under_way = f"a snapshot is under way: {place.under_way}"
+    if place.under_way is not None and place.parent is None:
+        return [*_lines(children), under_way]
+    children.setdefault(place.parent if place.parent in known else None, []).append(None)
+    return [*_lines(children), *([under_way] if place.under_way is not None else [])]
 
 
 def _lines(children: "Mapping[str | None, Sequence[SnapshotEntry | None]]") -> Iterator[str]:

@@ -1,5 +1,6 @@
 """`calotype logs`: what the guest's console, or QEMU itself, said."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -19,18 +20,23 @@ from calotype.cli.output import Settings, common, say
 def command(settings: Settings, name: str, qemu: bool, follow: bool) -> None:
     """Print what was said on the console of the VM NAME."""
     from calotype.engine import launch  # noqa: PLC0415
-    from calotype.errors import NotFoundError  # noqa: PLC0415
+    from calotype.errors import InterruptError, NotFoundError  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path)
     record = store.find(name)
     path = store.folder(record.id) / (launch.QEMU_LOG if qemu else launch.CONSOLE_LOG)
     if not path.exists():
-        raise NotFoundError(f"{name!r} has said nothing yet", f"calotype start {name}")
+        raise NotFoundError(
+            f"{name!r} has said nothing yet", f"`calotype start {shlex.quote(name)}`"
+        )
     if settings.as_json:
         say(settings, {"vm": name, "text": path.read_text(errors="replace")}, [])
         return
-    _copy(path, lambda: follow and launch.is_running(store, record) is not None)
+    try:
+        _copy(path, lambda: follow and launch.is_running(store, record) is not None)
+    except KeyboardInterrupt:  # there is no other way to end it
+        raise click.exceptions.Exit(InterruptError.exit_code) from None
 
 
 def _copy(path: Path, goes_on: Callable[[], bool]) -> None:

@@ -5,19 +5,22 @@ do not wait for what only `take` needs.
 """
 
 import importlib
+import io
+import os
+import signal
 import sys
 from typing import Any
 
 import click
 
 from calotype import __version__
-from calotype.cli.output import report_error
-from calotype.errors import CalotypeError, RequestError
+from calotype.cli.output import STOPPED, report_error
+from calotype.errors import CalotypeError, InterruptError, RequestError
 
 COMMANDS = (
     "run", "ps", "start", "stop", "forget", "console", "logs",
     "take", "list", "show", "restore",
-    "delete", "du", "tag", "describe", "protect", "unprotect", "doctor",
+    "delete", "du", "tag", "describe", "protect", "unprotect", "history", "recover", "doctor",
 )  # fmt: skip
 """In the order in which a user meets them; each is `calotype.cli.NAME_cmd`."""
 
@@ -34,6 +37,13 @@ class _Commands(click.Group):
         module = importlib.import_module(f"calotype.cli.{cmd_name}_cmd")
         command: click.Command = module.command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; click would answer Ctrl-C with an empty line and no reason."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise InterruptError(STOPPED.problem, STOPPED.remedy) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,15 +67,56 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command; the exit code says by whose fault it failed."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
+        _prepare()
         result: Any = cli.main(args=words, prog_name="calotype", standalone_mode=False)
-    except CalotypeError as error:
-        sys.exit(report_error(error, words))
-    except click.exceptions.Abort:
-        sys.exit(130)
+        code = result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        wrong = RequestError(error.format_message(), "see `calotype --help`")
-        sys.exit(report_error(wrong, words))
-    sys.exit(result if isinstance(result, int) else 0)
+        code = error.exit_code
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort
+        code = report_error(_as_ours(error), words)
+    finally:
+        _finish_output()
+    sys.exit(code)
+
+
+def _prepare() -> None:
+    """Let signals through, SIGTERM like Ctrl-C; no letter is one that a stream cannot say."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _as_ours(error: BaseException) -> CalotypeError:
+    """What is told of an exception that went all the way up."""
+    match error:
+        case CalotypeError():
+            return error
+        case click.exceptions.Abort() | KeyboardInterrupt():
+            return InterruptError(STOPPED.problem, STOPPED.remedy)
+        case click.ClickException():
+            return RequestError(error.format_message(), "see `calotype --help`")
+        case OSError(errno=int()):
+            from calotype.store.files import host_error  # noqa: PLC0415
+
+            ours: CalotypeError = host_error(error.filename or "the host", error)
+        case _:
+            ours = CalotypeError(
+                f"a fault in Calotype itself: {type(error).__name__}: {error}",
+                "report it, with the traceback that CALOTYPE_DEBUG=1 shows",
+            )
+    ours.__cause__ = error
+    return ours
+
+
+def _finish_output() -> None:
+    """Say the rest; what cannot be said is dropped, or Python would fail on it once more."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

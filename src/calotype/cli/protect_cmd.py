@@ -2,7 +2,7 @@
 
 import click
 
-from calotype.cli.output import Settings, common, say, snapshot_choice
+from calotype.cli.output import Settings, common, run_async, say, snapshot_choice
 
 
 @click.command("protect")
@@ -18,8 +18,7 @@ def command(
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path)
-    record = store.find(name)
-    entry = select(store, record, id_prefix=id_prefix, tag=tag, latest=latest)
-    labelling.protect(store, record, entry.id, is_protected=True)
+    entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
+    run_async(labelling.protect(store, name, entry.id, is_protected=True))
     told = {"vm": name, "id": entry.id, "is_protected": True}
     say(settings, told, [f"{entry.id} is protected"])

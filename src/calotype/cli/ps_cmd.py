@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say
+from calotype.cli.output import Settings, common, run_async, say_with_damage
 
 
 @click.command("ps")
@@ -18,8 +18,10 @@ def command(settings: Settings, quiet: bool) -> None:
 
     store = Store(settings.store_path)
 
+    records, damage = store.sound_records()
+
     async def look() -> list[Any]:
-        return await asyncio.gather(*(looking.glance(store, vm) for vm in store.records()))
+        return await asyncio.gather(*(looking.glance(store, vm) for vm in records))
 
     glances = run_async(look())
     told = {
@@ -45,4 +47,5 @@ def command(settings: Settings, quiet: bool) -> None:
             f"  {glance.snapshots:9}  {', '.join(disk.name for disk in glance.record.disks)}"
             for glance in glances
         ]
-    say(settings, told, lines)
+    damage += [glance.damage for glance in glances if glance.damage is not None]
+    say_with_damage(settings, told, lines, store.damage + damage)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say, snapshot_choice
+from calotype.cli.output import UNDONE, Settings, common, run_async, say, snapshot_choice
 
 
 @click.command("restore")
@@ -54,9 +54,11 @@ def command(
     store = Store(settings.store_path)
     entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
     request = RestoreRequest(run_state, discard_current, accept_touched)
-    restored = run_async(operations.restore(store, name, entry.id, request))
+    restored = run_async(operations.restore(store, name, entry.id, request), UNDONE)
     plan = restored.plan
-    undo = ["calotype", "restore", name, "--id", plan.left_behind]
+    undo = [settings.suggested("restore", name, "--id", plan.left_behind)]
+    if plan.run_state != "off":
+        undo.insert(0, settings.suggested("stop", name, "--now"))
     told = {
         "id": plan.snapshot,
         "vm": name,
@@ -69,5 +71,6 @@ def command(
         lines = [plan.snapshot]
     else:
         lines = [f"{name} is {plan.run_state}, restored in {restored.restore_ms:.0f} ms"]
-        lines += ["to go back to the disks left behind:", shlex.join(undo)] * plan.keeps_left_behind
+        lines += ["to go back to the disks left behind:"] * plan.keeps_left_behind
+        lines += [" && ".join(map(shlex.join, undo))] * plan.keeps_left_behind
     say(settings, told, lines)

@@ -1,11 +1,10 @@
 """`calotype run`: define a VM by QEMU's own command line, and start it."""
 
-import os
 from typing import Any
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say
+from calotype.cli.output import UNDONE, Settings, common, run_async, say, working_directory
 
 
 @click.command("run")
@@ -28,7 +27,10 @@ def command(settings: Settings, name: str, qemu_argv: tuple[str, ...]) -> None:
             "QEMU's command line is missing", "calotype run NAME -- qemu-system-x86_64 ..."
         )
     store = Store(settings.store_path)
-    record = run_async(operations.run(store, name, qemu_argv, os.getcwd()))  # noqa: PTH109
+    cwd = str(working_directory())
+    for word in (cwd, *qemu_argv):
+        _require_text(word)
+    record = run_async(operations.run(store, name, qemu_argv, cwd), UNDONE)
     told: dict[str, Any] = {
         "vm": record.name,
         "vm_id": record.id,
@@ -36,3 +38,12 @@ def command(settings: Settings, name: str, qemu_argv: tuple[str, ...]) -> None:
     }
     disks = ", ".join(disk.name for disk in record.disks) or "none"
     say(settings, told, [f"{record.name} runs; writable disks: {disks}"])
+
+
+def _require_text(word: str) -> None:
+    """Refuse what the record could not keep; bytes that are no UTF-8 reach us as surrogates."""
+    from calotype.errors import RequestError  # noqa: PLC0415
+    from calotype.model.names import is_text  # noqa: PLC0415
+
+    if not is_text(word):
+        raise RequestError(f"{word!r} is not UTF-8", "give the file or the folder another name")

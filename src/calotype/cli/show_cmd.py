@@ -1,7 +1,8 @@
 """`calotype show`: all there is to say of a VM, or of one of its snapshots."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,6 +12,7 @@ from calotype.cli.output import Settings, common, say, size, snapshot_choice
 if TYPE_CHECKING:
     from calotype.model.snapshot import Manifest, StoragePart
     from calotype.model.vm import VmRecord
+    from calotype.store.store import Store
 
 
 @click.command("show")
@@ -30,23 +32,35 @@ def command(
     store = Store(settings.store_path)
     record = store.find(name)
     if id_prefix is None and tag is None and not latest:
-        say(settings, {"vm": msgspec.to_builtins(record)}, list(_vm_lines(record)))
+        frozen = [disk.origin.path for disk in record.disks if disk.active != disk.origin]
+        say(
+            settings,
+            {"vm": msgspec.to_builtins(record), "protection": _protection(frozen)},
+            list(_vm_lines(store, record)),
+        )
         return
     entry = select(store, record, id_prefix=id_prefix, tag=tag, latest=latest)
     labels = store.labels(record.id, entry.id)
     manifest = labelled(store.manifest(record.id, entry.id), labels)
-    told = {"snapshot": {**msgspec.to_builtins(manifest), "is_protected": labels.is_protected}}
-    protected = ["protected"] * labels.is_protected
+    frozen = [
+        part.image.path for part in manifest.storage if part.kind == "external" and part.image
+    ]
+    shown = {**msgspec.to_builtins(manifest), "is_protected": labels.is_protected}
+    told = {"snapshot": shown, "protection": _protection(frozen)}
+    protected = ["protected from being deleted"] * labels.is_protected
     say(settings, told, [*_snapshot_lines(manifest), *protected])
 
 
-def _vm_lines(record: "VmRecord") -> Iterator[str]:
+def _vm_lines(store: "Store", record: "VmRecord") -> Iterator[str]:
     yield f"{record.name}  ({record.id})"
-    yield f"descends from: {record.parent or 'no snapshot'}"
+    is_under_way = record.parent is not None and store.is_under_way(record.id, record.parent)
+    under_way = "a snapshot under way, " * is_under_way
+    yield f"descends from: {under_way}{record.parent or 'no snapshot'}"
     for disk in record.disks:
         yield f"disk {disk.name}: active image {disk.active.path} ({disk.active.format})"
         if disk.active != disk.origin:
             yield f"  the command line names {disk.origin.path}, which is frozen"
+            yield f"    {_protection_words(disk.origin.path)}"
     yield f"started in {record.cwd} with:"
     yield f"  {shlex.join(record.argv)}"
 
@@ -61,6 +75,8 @@ def _snapshot_lines(manifest: "Manifest") -> Iterator[str]:
     yield f"machine state: {size(manifest.bytes_written) + ', ' + state.type if state else 'none'}"
     for part in manifest.storage:
         yield f"disk {part.disk}: {_part_words(part)}"
+        if part.kind == "external" and part.image is not None:
+            yield f"  {_protection_words(part.image.path)}"
     if manifest.topology is not None:
         topology = manifest.topology
         yield (
@@ -78,3 +94,23 @@ def _part_words(part: "StoragePart") -> str:
         return f"skipped: {part.reason}"
     inside = f", inside as {part.internal_name}" if part.kind == "internal" else ""
     return f"{part.kind}, {part.image.path} ({part.image.format}){inside}"
+
+
+_PROTECTIONS = {
+    "immutable": "frozen: immutable, for root too",
+    "read-only": "frozen: read-only by its mode alone, which does not stop root",
+    "writable": "not frozen: it can be written to, which would spoil the snapshot",
+    "missing": "missing",
+    "unknown": "it may not be looked at by this user",
+}
+
+
+def _protection(paths: Iterable[str]) -> dict[str, str]:
+    """How each of these frozen images is protected now."""
+    from calotype.store import images  # noqa: PLC0415
+
+    return {path: images.protection(Path(path)) for path in paths}
+
+
+def _protection_words(path: str) -> str:
+    return _PROTECTIONS[_protection([path])[path]]

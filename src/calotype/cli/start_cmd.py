@@ -2,7 +2,7 @@
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say
+from calotype.cli.output import UNDONE, Settings, common, run_async, say
 
 
 @click.command("start")
@@ -13,5 +13,5 @@ def command(settings: Settings, name: str) -> None:
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    record = run_async(operations.start(Store(settings.store_path), name))
+    record = run_async(operations.start(Store(settings.store_path), name), UNDONE)
     say(settings, {"vm": record.name, "vm_id": record.id}, [f"{record.name} runs"])

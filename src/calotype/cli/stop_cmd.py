@@ -1,15 +1,22 @@
 """`calotype stop`: stop a VM."""
 
+import shlex
+
 import click
 
-from calotype.cli.output import Settings, common, run_async, say
+from calotype.cli.output import STOPPED, Finite, Settings, Stopped, common, run_async, say
 
 
 @click.command("stop")
 @click.argument("name")
 @click.option("--now", is_flag=True, help="Do not ask the guest: flush the images and end QEMU.")
 @click.option(
-    "--timeout", default=60.0, show_default=True, metavar="S", help="Wait so long for it."
+    "--timeout",
+    type=Finite(min=0.0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="Wait so long for it.",
 )
 @common
 def command(settings: Settings, name: str, now: bool, timeout: float) -> None:
@@ -17,5 +24,14 @@ def command(settings: Settings, name: str, now: bool, timeout: float) -> None:
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    run_async(operations.stop(Store(settings.store_path), name, now=now, timeout_s=timeout))
+    work = operations.stop(Store(settings.store_path), name, now=now, timeout_s=timeout)
+    run_async(work, STOPPED if now else _not_awaited(name))
     say(settings, {"vm": name}, [f"{name} is off"])
+
+
+def _not_awaited(name: str) -> Stopped:
+    """A power button that was pressed cannot be undone."""
+    return Stopped(
+        "stopped waiting: the power button may be pressed, and the guest powering off",
+        f"`calotype ps` tells whether it is off, `calotype stop --now {shlex.quote(name)}` ends it",
+    )

@@ -2,7 +2,7 @@
 
 import click
 
-from calotype.cli.output import Settings, common, say, snapshot_choice
+from calotype.cli.output import Settings, common, run_async, say, snapshot_choice
 
 
 @click.command("tag")
@@ -19,7 +19,6 @@ def command(
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path)
-    record = store.find(name)
-    entry = select(store, record, id_prefix=id_prefix, tag=tag, latest=latest)
-    labelling.tag(store, record, entry.id, new)
+    entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
+    run_async(labelling.tag(store, name, entry.id, new))
     say(settings, {"vm": name, "id": entry.id, "tag": new}, [f"{entry.id}  {new!r}"])

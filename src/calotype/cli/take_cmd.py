@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say, size
+from calotype.cli.output import (
+    UNDONE,
+    Finite,
+    Settings,
+    common,
+    error_members,
+    run_async,
+    say,
+    size,
+    tell_error,
+)
 
 if TYPE_CHECKING:
     from calotype.model.snapshot import Manifest
@@ -34,7 +44,7 @@ _KINDS = ("external", "internal", "skip")
 )
 @click.option(
     "--pause-limit",
-    type=click.FloatRange(min=1.0),
+    type=Finite(min=1.0),
     default=2000.0,
     show_default=True,
     metavar="MS",
@@ -68,26 +78,38 @@ def command(
     """
     from calotype.cli.progress_bar import progress_bar  # noqa: PLC0415
     from calotype.engine import operations  # noqa: PLC0415
+    from calotype.model import names  # noqa: PLC0415
     from calotype.plan.take import TakeRequest  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
+    names.check_tag(tag)
+    names.check_description(description)
+    _refuse_contradiction(machine_state, method)
     store = Store(settings.store_path)
     request = TakeRequest(machine_state, method, pause_limit, _disk_kinds(disks))
     if plan_only:
         plan = run_async(operations.plan_only(store, name, request))
-        _say_plan(settings, plan)
-        if plan.blockers:
-            from calotype.errors import BlockedError  # noqa: PLC0415
-
-            raise click.exceptions.Exit(BlockedError.exit_code)
+        _say_plan(settings, name, plan)
         return
     with progress_bar(quiet or settings.as_json) as progress:
         manifest = run_async(
             operations.take(
                 store, name, request, tag=tag, description=description, progress=progress
-            )
+            ),
+            UNDONE,
         )
     _say_taken(settings, manifest, quiet)
+
+
+def _refuse_contradiction(machine_state: str, method: str) -> None:
+    from calotype.errors import RequestError  # noqa: PLC0415
+
+    if machine_state == "none" and method == "paused":
+        raise RequestError(
+            "--method paused says how the machine state is saved, and --machine-state none says"
+            " that it is not",
+            "leave one of them out",
+        )
 
 
 def _disk_kinds(words: tuple[str, ...]) -> dict[str, Any]:
@@ -106,10 +128,19 @@ def _disk_kinds(words: tuple[str, ...]) -> dict[str, Any]:
     return kinds
 
 
-def _say_plan(settings: Settings, plan: "TakePlan") -> None:
+def _say_plan(settings: Settings, name: str, plan: "TakePlan") -> None:
+    """Print a plan; one that is blocked is printed whole too, and then fails."""
     import msgspec  # noqa: PLC0415
 
-    say(settings, {"plan": msgspec.to_builtins(plan)}, list(_plan_lines(plan)))
+    from calotype.plan.take import as_error  # noqa: PLC0415
+
+    error = as_error(name, plan) if plan.blockers else None
+    told = {"plan": msgspec.to_builtins(plan)}
+    told |= {"error": error_members(error)} if error else {}
+    say(settings, told, list(_plan_lines(plan)))
+    if error:
+        tell_error(error)
+        raise click.exceptions.Exit(error.exit_code)
 
 
 def _plan_lines(plan: "TakePlan") -> Iterator[str]:

@@ -10,15 +10,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from calotype.engine.execute import Effect, Effects
-from calotype.engine.merging import (
-    Deleting,
-    is_alive,
-    merge_down,
-    merge_up,
-    must_be_closed,
-    writable,
-)
+from calotype.engine.merging import merge_down, merge_up, must_be_closed, writable
+from calotype.engine.world import Effect, Effects, World
 from calotype.errors import HostError, StoreError
 from calotype.model.snapshot import StoragePart
 from calotype.model.vm import Image, ImageFacts
@@ -39,21 +32,21 @@ from calotype.store import files, images
 # --- snapshots -----------------------------------------------------------------------------------
 
 
-async def _drop_snapshot(deleting: Deleting, step: DropSnapshot) -> None:
-    deleting.store.drop_snapshot(deleting.record.id, step.snapshot)
+async def _drop_snapshot(world: World, step: DropSnapshot) -> None:
+    world.store.drop_snapshot(world.record.id, step.snapshot)
 
 
-async def _remove_snapshot_files(deleting: Deleting, step: RemoveSnapshotFiles) -> None:
-    await asyncio.to_thread(deleting.store.remove_snapshot_files, deleting.record.id, step.snapshot)
+async def _remove_snapshot_files(world: World, step: RemoveSnapshotFiles) -> None:
+    await asyncio.to_thread(world.store.remove_snapshot_files, world.record.id, step.snapshot)
 
 
-async def _retarget(deleting: Deleting, step: Retarget) -> None:
+async def _retarget(world: World, step: Retarget) -> None:
     """Write a manifest anew, unless it says all this already."""
-    manifest = deleting.store.manifest(deleting.record.id, step.snapshot)
+    manifest = world.store.manifest(world.record.id, step.snapshot)
     storage = tuple([await asyncio.to_thread(_retargeted, part, step) for part in manifest.storage])
     now = replace(manifest, storage=storage, parent=step.parent)
     if now != manifest:
-        deleting.store.commit(now)
+        world.store.commit(now)
 
 
 def _retargeted(part: StoragePart, step: Retarget) -> StoragePart:
@@ -78,43 +71,46 @@ def _retargeted(part: StoragePart, step: Retarget) -> StoragePart:
     return replace(part, image=image, layers=layers)
 
 
-async def _record_merged(deleting: Deleting, step: RecordMerged) -> None:
-    record = deleting.store.record(deleting.record.id)
+async def _record_merged(world: World, step: RecordMerged) -> None:
+    record = world.store.record(world.record.id)
     disks = tuple(
         replace(disk, active=step.active[disk.index])
         if disk.active == step.active_before.get(disk.index)
         else disk
         for disk in record.disks
     )
-    deleting.store.save(replace(record, disks=disks, parent=step.parent))
+    world.store.save(replace(record, disks=disks, parent=step.parent))
 
 
 # --- inside, and the user's path -----------------------------------------------------------------
 
 
-async def _delete_inside(deleting: Deleting, step: DeleteInside) -> None:
+async def _delete_inside(world: World, step: DeleteInside) -> None:
     """Delete one internal snapshot by its id, and see that it was that one."""
     path = Path(step.image.path)
     before = _inside(path)
     if (step.internal_id, step.internal_name) not in before:
         return
     with writable((step.image,), {step.active}):
-        if not await _deleted_live(deleting, step):
+        if not await _deleted_live(world, step):
             if [name for _, name in before].count(step.internal_name) > 1:
-                raise HostError(
+                raise HostError(  # the plan refuses it: somebody made the other one meanwhile
                     f"{path} holds more than one snapshot called {step.internal_name!r}",
                     "qemu-img deletes by name: rename or delete the other one first",
                 )
             await image_tool.delete_inside(step.image, step.internal_name)
     before.remove((step.internal_id, step.internal_name))
     if _inside(path) != before:
-        raise StoreError(f"{path}: another snapshot than {step.internal_name!r} was deleted")
+        raise StoreError(
+            f"{path}: not just {step.internal_name!r} was deleted",
+            "somebody else changes its snapshots: see `qemu-img snapshot -l`",
+        )
 
 
-async def _deleted_live(deleting: Deleting, step: DeleteInside) -> bool:
-    if not is_alive(deleting):
+async def _deleted_live(world: World, step: DeleteInside) -> bool:
+    if world.qemu is None:
         return False
-    async with deleting.controlling() as monitor:
+    async with world.controlling() as monitor:
         if not (await live_merge.look(monitor)).has(step.image.path):
             return False
         await live_merge.delete_inside(monitor, step.image, step.internal_id, step.internal_name)
@@ -127,21 +123,21 @@ def _inside(path: Path) -> list[tuple[str, str]]:
     return [(entry.id, entry.name) for entry in images.read_metadata(path).snapshots]
 
 
-async def _remove_image(deleting: Deleting, step: RemoveImage) -> None:
+async def _remove_image(world: World, step: RemoveImage) -> None:
     path = Path(step.path)
     if path.exists():
-        await must_be_closed(deleting, (Image(step.path, "qcow2"),))
+        await must_be_closed(world, (Image(step.path, "qcow2"),))
         images.thaw(path, images.Frozen(images.mode(path), immutable=True))
         path.unlink()
         files.sync_directory(path.parent)
 
 
-async def _take_path(deleting: Deleting, step: TakePath) -> None:
+async def _take_path(world: World, step: TakePath) -> None:
     """Give the copy the origin's path as a second name, so that both are right for a while."""
     copy, origin = Path(step.copy), Path(step.origin)
     if not copy.exists() or (origin.exists() and copy.samefile(origin)):
         return
-    await must_be_closed(deleting, (Image(step.copy, "qcow2"), Image(step.origin, "qcow2")))
+    await must_be_closed(world, (Image(step.copy, "qcow2"), Image(step.origin, "qcow2")))
     if origin.exists():
         images.thaw(origin, images.Frozen(images.mode(origin), immutable=True))
     second = copy.with_name(f"{files.TEMPORARY_PREFIX}{copy.name}")

@@ -6,6 +6,8 @@ what other VMs name, and what the QEMU that runs has open.
 """
 
 import os
+import secrets
+import shlex
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,17 +15,16 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from calotype.engine import launch
-from calotype.engine.delete_effects import DELETE_EFFECTS
-from calotype.engine.execute import execute
-from calotype.engine.merging import Deleting
+from calotype.engine.changing import carry_out, changing
 from calotype.engine.progress import Progress, silent
-from calotype.errors import BlockedError, CalotypeError, MismatchError
+from calotype.engine.world import World
+from calotype.errors import CalotypeError
 from calotype.formats.qcow2 import Header, Metadata
 from calotype.model import names
 from calotype.model.identity import Format, Identity
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import DiskRecord, Image, Process, VmRecord
-from calotype.plan.delete import Catalogue, DeletePlan, DeleteRequest, plan_delete
+from calotype.plan.delete import Catalogue, DeletePlan, DeleteRequest, as_error, plan_delete
 from calotype.plan.layers import DiskLayers, Inside, Layer
 from calotype.plan.take import Blocker
 from calotype.qemu import live_merge
@@ -65,39 +66,16 @@ async def delete(
         QemuError: QEMU failed to merge. The snapshots are gone; the rest can be gone on with.
         HostError: As QemuError, of qemu-img and the files.
     """
-    record = store.find(name)
-    with store.locked(record):
-        record = store.record(record.id)
+    async with changing(store, name, "delete", progress=progress) as record:
         plan = plan_delete(await look_around(store, record, is_holder=True), request)
-        if plan.mismatches:
-            raise _mismatched(record, plan)
-        if plan.blockers:
-            raise _blocked(record, plan)
-        deleting = Deleting(store, record, launch.is_running(store, record), progress)
-        await execute(plan.steps, DELETE_EFFECTS, deleting)
+        if error := as_error(record.name, plan):
+            raise error
+        if plan.steps:
+            world = World(store, record, launch.is_running(store, record), progress)
+            first = plan.snapshots[0] if plan.snapshots else ""
+            operation_id = secrets.token_hex(names.ID_LENGTH // 2)
+            await carry_out(world, "delete", operation_id, first, plan.steps)
     return plan
-
-
-def _blocked(record: VmRecord, plan: DeletePlan) -> BlockedError:
-    first, more = plan.blockers[0], len(plan.blockers) - 1
-    also = f" (and {more} more: see --dry-run)" if more else ""
-    return BlockedError(
-        f"nothing of {record.name!r} is deleted: {first.problem}{also}",
-        first.remedy,
-        blockers=[[blocker.problem, blocker.remedy] for blocker in plan.blockers],
-    )
-
-
-def _mismatched(record: VmRecord, plan: DeletePlan) -> MismatchError:
-    return MismatchError(
-        f"nothing of {record.name!r} is deleted: "
-        + "; ".join(mismatch.text for mismatch in plan.mismatches),
-        "put back what is named here; nothing was changed",
-        mismatches=[
-            {"kind": mismatch.kind, "subject": mismatch.subject, "text": mismatch.text}
-            for mismatch in plan.mismatches
-        ],
-    )
 
 
 # --- looking around ------------------------------------------------------------------------------
@@ -163,8 +141,9 @@ def _identities(disks: Sequence[DiskLayers]) -> dict[str, Identity]:
 def _claims(store: Store, record: VmRecord) -> dict[str, str]:
     """Each image that another VM names, with words that say which."""
     claims: dict[str, str] = {}
+    records, _ = store.sound_records()  # one that cannot be read is in the way of its own VM alone
     others = [
-        (other, store.manifests(other.id)) for other in store.records() if other.id != record.id
+        (other, store.sound_manifests(other.id)[0]) for other in records if other.id != record.id
     ]
     others += [(other, store.forgotten_manifests(other.id)) for other in store.forgotten()]
     for other, manifests in others:
@@ -345,5 +324,5 @@ def _faults(record: VmRecord, disks: Sequence[DiskLayers], opened: Open) -> Iter
         if [node.path for node in chain] != on_disk or not live_merge.is_plain(chain):
             yield Blocker(
                 f"QEMU does not have disk {disk.disk!r} on {disk.active.path} as it is on disk",
-                f"stop the VM (`calotype stop {record.name}`), then delete",
+                f"stop the VM (`calotype stop {shlex.quote(record.name)}`), then delete",
             )

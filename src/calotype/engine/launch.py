@@ -19,8 +19,12 @@ from calotype.qemu import process
 from calotype.qemu.monitor import Monitor
 from calotype.store.store import Store
 
-CONTROL, QUERY, CONSOLE = "control.sock", "query.sock", "console.sock"
+CONTROL, QUERY, GUARD = "control.sock", "query.sock", "guard.sock"
+CONSOLE = "console.sock"
 QEMU_LOG, CONSOLE_LOG = "qemu.log", "console.log"
+
+MARK = "CALOTYPE_VM"
+"""In QEMU's environment: the id of its VM, so that one which nobody wrote down can be found."""
 
 START_TIMEOUT_S = 30.0
 _LAST_WORDS_BYTES = 4000
@@ -73,19 +77,18 @@ async def start(
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_log(folder / QEMU_LOG))
         stack.enter_context(_log(folder / CONSOLE_LOG))
-        control, query, console = (
+        sockets = [
             stack.enter_context(qmp.listen_socket(folder / name))
-            for name in (CONTROL, QUERY, CONSOLE)
-        )
-        descriptors = [control.fileno(), query.fileno(), console.fileno()]
-        endpoints = Endpoints(
-            control.fileno(), query.fileno(), console.fileno(), str(folder / CONSOLE_LOG)
-        )
+            for name in (CONTROL, QUERY, GUARD, CONSOLE)
+        ]
+        descriptors = [each.fileno() for each in sockets]
+        control, query, guard, console = descriptors
+        endpoints = Endpoints(control, query, guard, console, str(folder / CONSOLE_LOG))
         argv = compose_argv(record, active, endpoints, machine=machine, incoming=incoming)
         mark = os.fstat(log).st_size
-        qemu = process.spawn(argv, record.cwd, descriptors, log)
-    store.save_process(record.id, qemu)
+        qemu = process.spawn(argv, record.cwd, descriptors, log, (MARK, record.id))
     try:
+        store.save_process(record.id, qemu)
         await _greeted(folder, qemu, mark)
     except BaseException:
         process.kill(qemu)
@@ -116,7 +119,11 @@ async def _greeted(folder: Path, qemu: Process, mark: int) -> None:
     with contextlib.suppress(asyncio.CancelledError, QemuError):
         await greeting
     said = last_words(folder, mark)
-    raise QemuError(f"QEMU did not start: {said or 'it said nothing'}", "", qemu=said)
+    raise QemuError(
+        f"QEMU did not start: {said or 'it said nothing'}",
+        "mend what it names, on its command line or on the host",
+        qemu=said,
+    )
 
 
 async def _greeting(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from calotype.engine import launch
-from calotype.errors import CalotypeError
+from calotype.errors import CalotypeError, StoreError
 from calotype.model.vm import VmRecord
 from calotype.store.store import Store
 
@@ -15,15 +15,20 @@ class Glance(NamedTuple):
 
     record: VmRecord
     run_state: str
-    """QEMU's own word; "off", or "busy" where it does not answer at once."""
+    """QEMU's own word; "off", "busy" where it does not answer at once, or "unknown"."""
     pid: int | None
     snapshots: int
+    damage: StoreError | None = None
+    """Why the run state is unknown."""
 
 
 async def glance(store: Store, record: VmRecord) -> Glance:
     """Look at one VM."""
     count = len(store.index.snapshots(record.id))
-    qemu = launch.is_running(store, record)
+    try:
+        qemu = launch.is_running(store, record)
+    except StoreError as error:
+        return Glance(record, "unknown", None, count, error)
     if qemu is None:
         return Glance(record, "off", None, count)
     try:

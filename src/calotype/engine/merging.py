@@ -12,82 +12,62 @@ begun, the switch is seen through: being cancelled ends what follows, not the sw
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Iterator
+import shlex
+from collections.abc import Collection, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from calotype.engine import launch
-from calotype.engine.progress import Progress
+from calotype.engine.world import World
 from calotype.errors import ConflictError, QemuError, StoreError
-from calotype.model.vm import Image, Process, VmRecord
+from calotype.model.vm import Image
 from calotype.plan.steps import MergeDown, MergeUp
-from calotype.qemu import live_merge, offline_merge, process
+from calotype.qemu import live_merge, offline_merge
 from calotype.qemu.monitor import Monitor
 from calotype.store import images
-from calotype.store.store import Store
 
 
-class Deleting:
-    """A delete under way: what it acts on, and how long its steps took."""
-
-    def __init__(
-        self, store: Store, record: VmRecord, qemu: Process | None, progress: Progress
-    ) -> None:
-        self.store = store
-        self.record = record
-        self.qemu = qemu
-        self.progress = progress
-        self.phases_ms: dict[str, float] = {}
-
-    @contextlib.asynccontextmanager
-    async def controlling(self) -> AsyncIterator[Monitor]:
-        """The monitor of the VM that runs."""
-        async with launch.controlling(self.store, self.record) as monitor:
-            yield monitor
-
-
-async def merge_down(deleting: Deleting, step: MergeDown) -> None:
+async def merge_down(world: World, step: MergeDown) -> None:
     """Merge the top image into its base, and put what stands on it onto the base."""
     if not Path(step.top.path).exists():
         return
     recorded = {step.top.path, step.base.path} if _is_switch(step) else {step.active}
     with writable((step.top, step.base, *step.children), recorded):
-        if not await _merged_live(deleting, step) and not _is_recorded(deleting, step):
+        if not await _merged_live(world, step) and not _is_recorded(world, step):
             _require_stands(step.top, step.base)
-            await offline_merge.commit(step.top, step.base, _share(deleting, step.top))
-        await _repoint(deleting, step.children, step.base)
+            await offline_merge.commit(step.top, step.base, _share(world, step.top))
+        await _repoint(world, step.children, step.base)
 
 
-async def _merged_live(deleting: Deleting, step: MergeDown) -> bool:
+async def _merged_live(world: World, step: MergeDown) -> bool:
     """Merge in the QEMU that runs, if it has the images open; else say that it has not."""
-    if not is_alive(deleting):
+    if world.qemu is None:
         return False
-    async with deleting.controlling() as monitor:
+    async with world.controlling() as monitor:
         found = await live_merge.look(monitor)
         if not found.has(step.top.path):
             await _resume(monitor, step)
             return found.has(step.base.path)
         if found.chain(step.top.path):
-            _record_active(deleting, step, step.top)
+            _record_active(world, step, step.top)
         if await live_merge.status(monitor, step.job) is None:
             if not found.is_below_a_device(step.top.path):
                 await live_merge.close(monitor, step.top)
                 await _resume(monitor, step)
                 return True
             await live_merge.begin(monitor, step.job, step.top, step.base)
-        await _carry_on(deleting, monitor, step)
+        await _carry_on(world, monitor, step)
     return True
 
 
-async def _carry_on(deleting: Deleting, monitor: Monitor, step: MergeDown) -> None:
+async def _carry_on(world: World, monitor: Monitor, step: MergeDown) -> None:
     """See a job through that was begun, by us or by one who died since."""
-    share = _share(deleting, step.top)
+    share = _share(world, step.top)
     if _is_switch(step):
         if await live_merge.reached(monitor, step.job, "ready", share) == "ready":
-            await _seen_through(_switch(deleting, monitor, step))
-        _record_active(deleting, step, step.base)
+            await _seen_through(_switch(world, monitor, step))
+        _record_active(world, step, step.base)
     await live_merge.end(monitor, step.job, step.top, share)
     await _resume(monitor, step)
 
@@ -97,20 +77,20 @@ def _is_switch(step: MergeDown) -> bool:
     return step.active == step.base.path
 
 
-async def _switch(deleting: Deleting, monitor: Monitor, step: MergeDown) -> None:
+async def _switch(world: World, monitor: Monitor, step: MergeDown) -> None:
     """Let the guest go over to the base: stopped, so that the record is right at every moment."""
     is_running = (await monitor.execute("query-status"))["running"]
     if is_running:
         await monitor.execute("stop")
     try:
         await live_merge.caught_up(monitor, step.job)
-        _record_active(deleting, step, step.base)
+        _record_active(world, step, step.base)
         try:
             await monitor.execute("job-complete", id=step.job)
             await live_merge.reached(monitor, step.job, "concluded", _unheard)
         except QemuError:
             if (await live_merge.look(monitor)).chain(step.top.path):
-                _record_active(deleting, step, step.top)
+                _record_active(world, step, step.top)
             raise
     finally:
         if is_running:
@@ -139,11 +119,11 @@ async def _resume(monitor: Monitor, step: MergeDown) -> None:
             await monitor.execute("cont")
 
 
-def _record_active(deleting: Deleting, step: MergeDown, image: Image) -> None:
+def _record_active(world: World, step: MergeDown, image: Image) -> None:
     """Record that a disk's newest content is in *image*, if it is in one of the step's two."""
     if not _is_switch(step):
         return
-    record = deleting.store.record(deleting.record.id)
+    record = world.store.record(world.record.id)
     disks = tuple(
         replace(disk, active=image)
         if disk.index == step.disk and disk.active in (step.top, step.base)
@@ -151,63 +131,59 @@ def _record_active(deleting: Deleting, step: MergeDown, image: Image) -> None:
         for disk in record.disks
     )
     if disks != record.disks:
-        deleting.store.save(replace(record, disks=disks))
+        world.store.save(replace(record, disks=disks))
 
 
-def _is_recorded(deleting: Deleting, step: MergeDown) -> bool:
+def _is_recorded(world: World, step: MergeDown) -> bool:
     """Whether the base is the newest by now: then the top is old, and must not be merged again."""
     if not _is_switch(step):
         return False
-    record = deleting.store.record(deleting.record.id)
+    record = world.store.record(world.record.id)
     return any(disk.index == step.disk and disk.active == step.base for disk in record.disks)
 
 
-async def merge_up(deleting: Deleting, step: MergeUp) -> None:
+async def merge_up(world: World, step: MergeUp) -> None:
     """Put images onto another one, each keeping its content."""
-    await must_be_closed(deleting, step.children)
+    await must_be_closed(world, step.children)
     with writable(step.children, {step.active}):
         for child in step.children:
             if _backing(child) != step.onto:
                 below = filter(None, (_backing(child),))
-                await offline_merge.rebase(child, step.onto, _share(deleting, *below))
+                await offline_merge.rebase(child, step.onto, _share(world, *below))
             _require_stands(child, step.onto)
 
 
-async def _repoint(deleting: Deleting, children: Iterable[Image], base: Image) -> None:
+async def _repoint(world: World, children: Iterable[Image], base: Image) -> None:
     """Put onto *base* what QEMU has not put there itself."""
     for child in children:
         if _backing(child) != base:
-            await must_be_closed(deleting, (child,))
+            await must_be_closed(world, (child,))
             await offline_merge.repoint(child, base)
         _require_stands(child, base)
 
 
-async def must_be_closed(deleting: Deleting, closed: Iterable[Image]) -> None:
+async def must_be_closed(world: World, closed: Iterable[Image]) -> None:
     """Refuse to go on while the VM has one of these images open.
 
     Raises:
         ConflictError: It has.
     """
-    if not is_alive(deleting):
+    if world.qemu is None:
         return
-    async with deleting.controlling() as monitor:
+    async with world.controlling() as monitor:
         found = await live_merge.look(monitor)
     for image in closed:
         if found.has(image.path):
             raise ConflictError(
-                f"the VM has {image.path} open", f"`calotype stop {deleting.record.name}` first"
+                f"the VM has {image.path} open",
+                f"`calotype stop {shlex.quote(world.record.name)}` first",
             )
 
 
-def is_alive(deleting: Deleting) -> bool:
-    """Whether the VM runs."""
-    return deleting.qemu is not None and process.is_alive(deleting.qemu)
-
-
-def _share(deleting: Deleting, *copied: Image) -> offline_merge.Share:
+def _share(world: World, *copied: Image) -> offline_merge.Share:
     """Tell how many bytes of these images are merged."""
     whole = sum(images.allocated_bytes(Path(image.path)) for image in copied)
-    return lambda share: deleting.progress("merging", round(share * whole), whole)
+    return lambda share: world.progress("merging", round(share * whole), whole)
 
 
 def _unheard(_: float) -> None:

@@ -1,5 +1,7 @@
 """Which snapshot is meant: by id, by tag, or the latest; never one tried as the other."""
 
+import shlex
+
 from calotype.errors import NotFoundError, RequestError
 from calotype.model import names
 from calotype.model.vm import VmRecord
@@ -51,7 +53,9 @@ def _by_id(entries: list[SnapshotEntry], prefix: str, vm: str) -> SnapshotEntry:
 
 def _only(matching: list[SnapshotEntry], which: str, vm: str) -> SnapshotEntry:
     if not matching:
-        raise NotFoundError(f"{vm!r} has no snapshot {which}", f"see `calotype list {vm}`")
+        raise NotFoundError(
+            f"{vm!r} has no snapshot {which}", f"see `calotype list {shlex.quote(vm)}`"
+        )
     if len(matching) > 1:
         ids = [entry.id for entry in matching]
         raise NotFoundError(

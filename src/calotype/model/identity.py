@@ -17,6 +17,7 @@ What each field is good for:
   data in an external data file is another file, with an identity of its own.
 """
 
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 import msgspec
@@ -49,13 +50,20 @@ _MEANINGS: dict[str, tuple[Change, str]] = {
     "format": ("replaced", "its format is {found} instead of {recorded}"),
     "virtual_size_bytes": ("resized", "its disk has {found} bytes instead of {recorded}"),
     "size_bytes": ("written", "its file has {found} bytes instead of {recorded}"),
-    "mtime_ns": ("written", "it was written at {found} ns, last known {recorded} ns"),
+    "mtime_ns": ("written", "it was written at {found}, last known {recorded}"),
     "l1_digest": ("written", "guest data was written: its L1 table has changed"),
     "header_digest": ("header", "its qcow2 header has changed"),
     "snapshots_digest": ("snapshots", "its internal snapshots have changed"),
-    "ctime_ns": ("touched", "its mode, owner, name or content was changed at {found} ns"),
+    "ctime_ns": (
+        "touched",
+        "its mode, owner, name or content was changed at {found}, last known {recorded}",
+    ),
 }
 """Field of `Identity` -> what a difference there means; gravest first."""
+
+
+_TIMES = frozenset({"mtime_ns", "ctime_ns"})
+_NS = 10**9
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -73,7 +81,27 @@ class Difference(msgspec.Struct, frozen=True):
     @property
     def text(self) -> str:
         """What this difference means, in one line."""
-        return _MEANINGS[self.field][1].format(recorded=self.recorded, found=self.found)
+        told = _times if self.field in _TIMES else _as_they_are
+        recorded, found = told(self.recorded, self.found)
+        return _MEANINGS[self.field][1].format(recorded=recorded, found=found)
+
+
+def _as_they_are(recorded: int | str, found: int | str) -> tuple[str, str]:
+    return str(recorded), str(found)
+
+
+def _times(recorded: int | str, found: int | str) -> tuple[str, str]:
+    """Two times in ns, in UTC: to the second, or to the ns where the second is the same."""
+    seconds = int(recorded) // _NS, int(found) // _NS
+    is_fine = seconds[0] == seconds[1]
+    return _time(int(recorded), is_fine), _time(int(found), is_fine)
+
+
+def _time(since_epoch_ns: int, is_fine: bool) -> str:
+    seconds, rest_ns = divmod(since_epoch_ns, _NS)
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
+    fraction = f".{rest_ns:09}" if is_fine else ""
+    return f"{moment:%Y-%m-%dT%H:%M:%S}{fraction}Z"
 
 
 def differences(recorded: Identity, found: Identity) -> tuple[Difference, ...]:

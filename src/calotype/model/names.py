@@ -8,11 +8,16 @@ An id is 16 lower-case hex digits. QEMU allows 31 characters for a node name.
 """
 
 import re
+import unicodedata
 from pathlib import Path
+
+from calotype.errors import RequestError
 
 ID_LENGTH = 16
 OURS = "calotype-"
 """What the names of the nodes, chardevs and fd sets that we add to a QEMU begin with."""
+
+LONGEST_TAG = 1024
 
 _ID_PREFIX = re.compile(r"[0-9a-f]{1,16}")
 
@@ -61,3 +66,37 @@ def merge_job(snapshot_id: str, disk_index: int) -> str:
 def state_descriptor(snapshot_id: str) -> str:
     """What QEMU calls the open file that a machine state goes through."""
     return f"{OURS}state-{snapshot_id}"
+
+
+# --- names of the user, which are data ------------------------------------------------------------
+
+
+def is_text(text: str) -> bool:
+    """Whether *text* can be kept: an argument that is not UTF-8 reaches Python as surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def check_tag(tag: str) -> None:
+    """Refuse a tag that could not be kept, or not be told in one line.
+
+    Raises:
+        RequestError: It is too long, is not UTF-8, or holds control characters.
+    """
+    if not is_text(tag):
+        raise RequestError(f"the tag {tag[:60]!r} is not UTF-8", "give it in UTF-8")
+    if any(unicodedata.category(letter) == "Cc" for letter in tag):
+        raise RequestError(f"the tag {tag[:60]!r} holds control characters", "leave them out")
+    if len(tag) > LONGEST_TAG:
+        raise RequestError(
+            f"the tag has {len(tag)} characters", f"shorten it to {LONGEST_TAG} at most"
+        )
+
+
+def check_description(description: str) -> None:
+    """Refuse a description that could not be kept.
+
+    Raises:
+        RequestError: It is not UTF-8.
+    """
+    if not is_text(description):
+        raise RequestError("the description is not UTF-8", "give it in UTF-8")

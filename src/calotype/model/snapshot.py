@@ -10,7 +10,7 @@ from typing import Literal
 from msgspec import Struct
 
 from calotype.model.identity import Identity
-from calotype.model.vm import Image, ImageFacts, RunState, Topology
+from calotype.model.vm import Image, ImageFacts, ReadOnlyDisk, RunState, Topology
 
 StorageKind = Literal["external", "internal", "skip"]
 MachineStateKind = Literal["external", "none"]
@@ -73,6 +73,8 @@ class Manifest(Struct, frozen=True):
     """The VM's run state at the instant; never read out of the stream."""
     machine_state: MachineStatePart | None
     storage: tuple[StoragePart, ...]
+    read_only: tuple[ReadOnlyDisk, ...]
+    """Storage without information of its own instant; it must be there again all the same."""
     topology: Topology | None
     definition: tuple[tuple[str, str], ...]
     """The guest-visible part of the command line, in canonical form."""

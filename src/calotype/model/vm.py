@@ -61,6 +61,8 @@ class VmRecord(Struct, frozen=True):
     """The snapshot that the VM's present state descends from."""
     topology: Topology | None = None
     """As QEMU showed it when it last started."""
+    set_aside: tuple[DiskRecord, ...] = ()
+    """Disks that the VM once had and that its command line does not name now."""
     format: int = 1
 
 
@@ -104,6 +106,8 @@ class DiskFacts(Struct, frozen=True):
     cache_direct: bool
     cache_no_flush: bool
     detect_zeroes: str
+    may_be_immutable: bool = True
+    """Whether a freeze can stop root too: the file system has the flag, and we may set it."""
 
     @property
     def labels(self) -> frozenset[str]:
@@ -124,6 +128,8 @@ class ReadOnlyDisk(Struct, frozen=True):
 
     name: str
     path: str
+    image: ImageFacts | None = None
+    """Who it is, where it is a file or a device of this host."""
 
 
 class MigrationFacts(Struct, frozen=True):

@@ -56,6 +56,7 @@ def compose_taken(
         storage=tuple(
             _taken_part(disk, planned[disk.index], plan.snapshot, outcome) for disk in facts.disks
         ),
+        read_only=facts.read_only,
         topology=facts.topology,
         definition=definition,
         argv=record.argv,
@@ -111,6 +112,7 @@ def compose_left_behind(
             if (index := disk.index) in parts
             for image in (disk.active,)
         ),
+        read_only=restored.read_only,
         topology=restored.topology,
         definition=definition,
         argv=record.argv,
@@ -137,7 +139,7 @@ def _left_part(
         origin=part.origin,
         image=image,
         layers=layers[1:] if is_inside else layers,
-        virtual_size_bytes=part.virtual_size_bytes,
+        virtual_size_bytes=layers[0].identity.virtual_size_bytes,
         internal_id=internal_id,
         internal_name=names.internal_name(left_behind) if is_inside else "",
         internal_digest=internal_digest,

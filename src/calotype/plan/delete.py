@@ -4,11 +4,13 @@ What becomes of the images stands in `layers.py`, the order of the steps in `del
 with the other plans everything that is in the way is named, not only the first thing.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from calotype.errors import BlockedError, MismatchError
 from calotype.model.identity import Identity, differences
 from calotype.model.snapshot import Manifest, StoragePart
 from calotype.model.vm import VmRecord
@@ -220,7 +222,7 @@ def _blockers(
         if snapshot in catalogue.protected:
             yield Blocker(
                 f"the snapshot {snapshot} is protected",
-                f"`calotype unprotect {name} --id {snapshot}` first",
+                f"`calotype unprotect {shlex.quote(name)} --id {snapshot}` first",
             )
     if any(operation for disk in disks for operation in disk.operations if _is_live(operation)):
         yield from catalogue.faults
@@ -233,11 +235,16 @@ def _blockers(
             )
         for image, entry in disk.inside:
             layer = disk.before.layers[image.path]
+            if not layer.is_open and entry.name in {other.name for other in layer.inside}:
+                yield Blocker(
+                    f"{image.path} holds more than one snapshot called {entry.name!r}",
+                    "qemu-img deletes by name: delete the other one, or rename it, first",
+                )
             if layer.is_open and image.path != disk.end.active_path:
                 yield Blocker(
                     f"the snapshot {entry.name!r} is inside {image.path}, which the VM stands on"
                     " and cannot change while it runs",
-                    f"stop the VM first (`calotype stop {name}`)",
+                    f"stop the VM first (`calotype stop {shlex.quote(name)}`)",
                 )
 
 
@@ -284,3 +291,29 @@ def _internal_mismatches(
                 if deleted.get(key, part.internal_digest) != part.internal_digest:
                     text = f"disk {part.disk!r}: the snapshot inside {part.image.path} has changed"
                     yield Mismatch("snapshots", part.disk, text)
+
+
+# --- the error of a plan that cannot be carried out ----------------------------------------------
+
+
+def as_error(name: str, plan: DeletePlan) -> BlockedError | MismatchError | None:
+    """What is in the way of a plan, the first of it in words and all of it as data."""
+    if plan.mismatches:
+        return MismatchError(
+            f"nothing of {name!r} is deleted: "
+            + "; ".join(mismatch.text for mismatch in plan.mismatches),
+            "put back what is named here; nothing was changed",
+            mismatches=[
+                {"kind": mismatch.kind, "subject": mismatch.subject, "text": mismatch.text}
+                for mismatch in plan.mismatches
+            ],
+        )
+    if plan.blockers:
+        first, more = plan.blockers[0], len(plan.blockers) - 1
+        also = f" (and {more} more: see --dry-run)" if more else ""
+        return BlockedError(
+            f"nothing of {name!r} is deleted: {first.problem}{also}",
+            first.remedy,
+            blockers=[[blocker.problem, blocker.remedy] for blocker in plan.blockers],
+        )
+    return None

@@ -13,11 +13,11 @@ from msgspec import Struct
 from calotype.model import names
 from calotype.model.identity import Difference, Identity, differences
 from calotype.model.snapshot import Manifest, StoragePart
-from calotype.model.vm import DiskRecord, Image, ImageFacts, RunState, VmRecord
+from calotype.model.vm import DiskRecord, Image, ImageFacts, ReadOnlyDisk, RunState, VmRecord
 from calotype.plan.steps import (
     ApplyInside,
     CheckTopology,
-    Commit,
+    CommitLeftBehind,
     CreateOverlay,
     DiscardImages,
     ExtractInside,
@@ -25,7 +25,7 @@ from calotype.plan.steps import (
     LetRun,
     LoadState,
     MakeSnapshotFolder,
-    RecordNow,
+    RecordRestored,
     StartQemu,
     Step,
 )
@@ -129,10 +129,12 @@ def _mismatches(
     yield from _disk_set_mismatches(manifest, record)
     for part in manifest.storage:
         yield from _part_mismatches(part, manifest, found)
-    for disk in record.disks:
-        if disk.active.path not in found.modes and not request.discard_current:
-            text = f"disk {disk.name!r}: its newest image {disk.active.path} is missing"
-            yield Mismatch("missing", disk.name, f"{text} (--discard-current does without it)")
+    for disk in manifest.read_only:
+        yield from _read_only_mismatches(disk, found)
+    for now in record.disks:
+        if now.active.path not in found.modes and not request.discard_current:
+            text = f"disk {now.name!r}: its newest image {now.active.path} is missing"
+            yield Mismatch("missing", now.name, f"{text} (--discard-current does without it)")
     if manifest.machine_state is not None and found.state is None:
         file = manifest.machine_state.file
         yield Mismatch("missing", "machine state", f"the machine state's file {file!r} is missing")
@@ -192,7 +194,8 @@ def _layer_mismatches(
         yield Mismatch("missing", part.disk, text)
         return
     owner = _recorded_as(now, manifest)
-    if owner not in (None, part.disk) and now.inode != layer.identity.inode:
+    same = (now.device, now.inode) == (layer.identity.device, layer.identity.inode)
+    if owner not in (None, part.disk) and not same:
         text = f"disk {part.disk!r}: {layer.path} is the image of disk {owner!r}"
         yield Mismatch("swapped", part.disk, text)
         return
@@ -201,10 +204,27 @@ def _layer_mismatches(
         yield Mismatch(change.change, part.disk, text)
 
 
+def _read_only_mismatches(disk: ReadOnlyDisk, found: Found) -> Iterator[Mismatch]:
+    if disk.image is None:
+        return
+    now = found.identities.get(disk.image.path)
+    if now is None:
+        yield Mismatch("missing", disk.name, f"{disk.name!r}: {disk.image.path} is missing")
+        return
+    for change in _gravest(disk.image.identity, now):
+        text = f"{disk.name!r} (read-only): {disk.image.path}: {change.text}"
+        yield Mismatch(change.change, disk.name, text)
+
+
 def _gravest(recorded: Identity, now: Identity) -> tuple[Difference, ...]:
-    """The gravest difference, if any; a new device number alone is none: a boot may give one."""
+    """The gravest difference, if any.
+
+    A new device number alone is none for a file: a boot may give its file system one. A block
+    device is known by nothing else.
+    """
     changes = differences(recorded, now)
-    return () if [change.field for change in changes] == ["device"] else changes[:1]
+    is_file = recorded.inode != 0
+    return () if is_file and [each.field for each in changes] == ["device"] else changes[:1]
 
 
 def _recorded_as(now: Identity, manifest: Manifest) -> str | None:
@@ -253,8 +273,8 @@ def _steps(
     if not request.discard_current:
         yield MakeSnapshotFolder(left_behind)
         yield FreezeImages({path: found.modes.get(path, 0) for path in sorted(left)})
-        yield Commit(left_behind)
-    yield RecordNow(active, before, manifest.id, record.parent)
+        yield CommitLeftBehind(left_behind)
+    yield RecordRestored(active, before, manifest.id, record.parent)
     if run_state == "running":
         yield LetRun()
     if request.discard_current:

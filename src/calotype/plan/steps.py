@@ -3,13 +3,15 @@
 A step names everything up front (paths, node names, fd sets, job ids), so that undoing it needs
 nothing that doing it returned, and so that a plan can be printed, compared and kept. What each one
 does, and what undoes it, stands in `engine/effects.py`, one entry for each class here.
+
+`AnyStep` at the end lists them all: it is how a journal reads them back.
 """
 
 from typing import Any
 
 from msgspec import Struct
 
-from calotype.model.vm import Image, Topology
+from calotype.model.vm import DiskRecord, Image, Topology, VmRecord
 from calotype.plan.window import WindowMethod
 
 
@@ -62,31 +64,41 @@ class SetMigration(Step, frozen=True):
     parameters_before: dict[str, int | str | bool]
 
 
+class PutBackMigration(Step, frozen=True):
+    """Put migration capabilities and parameters back as they were, the save being over."""
+
+    capabilities: dict[str, bool]
+    parameters: dict[str, int | str | bool]
+
+
 class FlushImages(Step, frozen=True):
     """Write the images' dirty pages to disk while the guest runs, or `stop` would in the pause."""
 
     paths: tuple[str, ...]
 
 
-class StorageAction(Struct, frozen=True, tag=True):
-    """What happens to one disk inside the window."""
-
-
-class SwitchToOverlay(StorageAction, frozen=True):
+class SwitchToOverlay(Struct, frozen=True, tag=True):
     """Put an open overlay node over the disk's node: external."""
 
     node: str
     overlay_node: str
     overlay: str
     base: Image
+    base_mode: int
+    """The base's permission bits, for when it is written again."""
     merge_job: str
 
 
-class SnapshotInside(StorageAction, frozen=True):
+class SnapshotInside(Struct, frozen=True, tag=True):
     """Make a snapshot inside the disk's own image: internal."""
 
     node: str
     name: str
+    image: Image
+
+
+StorageAction = SwitchToOverlay | SnapshotInside
+"""What happens to one disk inside the window."""
 
 
 class PassInstant(Step, frozen=True):
@@ -96,12 +108,15 @@ class PassInstant(Step, frozen=True):
     was_running: bool
     fdset: int
     actions: tuple[StorageAction, ...]
-    limit_ms: float | None
+    limit_ms: float
     graph_digest: str
 
 
-class RecordNow(Step, frozen=True):
-    """Record which images hold the newest content, and which snapshot they descend from."""
+class RecordAhead(Step, frozen=True):
+    """Record the overlays as the newest images before the guest is switched to them.
+
+    An empty overlay is as good as what it stands on: at every moment the record is right.
+    """
 
     active: dict[int, Image]
     active_before: dict[int, Image]
@@ -133,6 +148,42 @@ class Commit(Step, frozen=True):
     """Write the manifest; its rename is the moment from which the snapshot exists."""
 
     snapshot: str
+
+
+# --- abandoning an instant -----------------------------------------------------------------------
+
+
+class EndPause(Step, frozen=True):
+    """Cancel the save and, if it ran before, let the guest run; then wait until that is done."""
+
+    let_run: bool
+
+
+class MergeBack(Step, frozen=True):
+    """Merge an overlay that the guest is on into its base, which takes its place; it runs on."""
+
+    overlay: str
+    base: Image
+    base_mode: int
+    job: str
+
+
+class MergeBackOffline(Step, frozen=True):
+    """Merge what an overlay holds into its base, with no QEMU on either."""
+
+    overlay: str
+    base: Image
+    base_mode: int
+
+
+class DeleteMade(Step, frozen=True):
+    """Delete an internal snapshot of ours from an image, if it was made at all."""
+
+    image: Image
+    name: str
+
+
+# --- restore and start ---------------------------------------------------------------------------
 
 
 class ApplyInside(Step, frozen=True):
@@ -172,6 +223,35 @@ class LoadState(Step, frozen=True):
 
     snapshot: str
     file: str
+
+
+class Define(Step, frozen=True):
+    """Keep a VM's new definition in place of the one before."""
+
+    record: VmRecord
+    before: VmRecord | None
+
+
+class RecordStarted(Step, frozen=True):
+    """Record the names of the disks and the machine, as the QEMU that was started shows them."""
+
+    disks_before: tuple[DiskRecord, ...]
+    topology_before: Topology | None
+
+
+class CommitLeftBehind(Step, frozen=True):
+    """Write the manifest of the disks that a restore leaves behind."""
+
+    snapshot: str
+
+
+class RecordRestored(Step, frozen=True):
+    """Record which images hold the newest content, and which snapshot they descend from."""
+
+    active: dict[int, Image]
+    active_before: dict[int, Image]
+    parent: str | None
+    parent_before: str | None
 
 
 class LetRun(Step, frozen=True):
@@ -267,6 +347,47 @@ class TakePath(Step, frozen=True):
     origin: str
 
 
+AnyStep = (
+    MakeSnapshotFolder
+    | CreateOverlay
+    | OpenOverlay
+    | OpenState
+    | SetMigration
+    | PutBackMigration
+    | FlushImages
+    | PassInstant
+    | RecordAhead
+    | AwaitSave
+    | CloseState
+    | FreezeImages
+    | Commit
+    | EndPause
+    | MergeBack
+    | MergeBackOffline
+    | DeleteMade
+    | ApplyInside
+    | ExtractInside
+    | StartQemu
+    | CheckTopology
+    | LoadState
+    | Define
+    | RecordStarted
+    | CommitLeftBehind
+    | RecordRestored
+    | LetRun
+    | DiscardImages
+    | DropSnapshot
+    | RemoveSnapshotFiles
+    | MergeDown
+    | MergeUp
+    | DeleteInside
+    | Retarget
+    | RecordMerged
+    | RemoveImage
+    | TakePath
+)
+
+
 def qmp_action(action: StorageAction) -> dict[str, Any]:
     """An action as QEMU's `transaction` takes it (qapi/transaction.json)."""
     match action:
@@ -276,4 +397,3 @@ def qmp_action(action: StorageAction) -> dict[str, Any]:
         case SnapshotInside():
             data = {"device": action.node, "name": action.name}
             return {"type": "blockdev-snapshot-internal-sync", "data": data}
-    raise TypeError(action)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from calotype.errors import BlockedError
 from calotype.model import names
 from calotype.model.snapshot import MachineStateKind, StorageKind
 from calotype.model.vm import DiskFacts, Facts, Image, VmRecord
@@ -24,7 +25,8 @@ from calotype.plan.steps import (
     OpenOverlay,
     OpenState,
     PassInstant,
-    RecordNow,
+    PutBackMigration,
+    RecordAhead,
     SetMigration,
     SnapshotInside,
     Step,
@@ -125,6 +127,17 @@ def plan_take(facts: Facts, record: VmRecord, request: TakeRequest, snapshot: st
     )
 
 
+def as_error(name: str, plan: TakePlan) -> BlockedError:
+    """What is told of a plan that has blockers: the first, and in the data all of them."""
+    first, more = plan.blockers[0], len(plan.blockers) - 1
+    also = f" (and {more} more: see --plan)" if more else ""
+    return BlockedError(
+        f"no snapshot of {name!r} can be taken: {first.problem}{also}",
+        first.remedy,
+        blockers=[[blocker.problem, blocker.remedy] for blocker in plan.blockers],
+    )
+
+
 # --- disks ---------------------------------------------------------------------------------------
 
 
@@ -181,7 +194,7 @@ def _choose_method(facts: Facts, request: TakeRequest) -> tuple[WindowMethod, st
     """Choose how; `auto` is live or nothing, for a long pause is the user's own choice."""
     if request.machine_state == "none":
         return "storage-only", "no machine state was asked for: the guest is not stopped"
-    if request.method == "paused":
+    if request.method == "paused" and facts.run_state == "running":
         return "paused", "asked for: the guest stands still until its RAM is saved"
     if gives_back_run_state(facts):
         return "live", "the guest runs on while its RAM is saved"
@@ -213,8 +226,22 @@ def _request_blockers(facts: Facts, request: TakeRequest) -> Iterator[Blocker]:
     for disk in facts.disks:
         if len(asked := sorted(set(request.disks) & disk.labels)) > 1:
             yield Blocker(f"{' and '.join(asked)} are the same disk", "name it once")
-    if facts.run_state not in ("running", "paused", "prelaunch", "postmigrate"):
-        yield Blocker(f"the VM is in run state {facts.run_state!r}", "wait until it runs")
+    if facts.run_state not in _CAN_BE_TAKEN[request.machine_state]:
+        yield Blocker(
+            f"the VM is in run state {facts.run_state!r}",
+            "let it run first: `calotype start NAME` does where it is paused",
+        )
+
+
+_CAN_BE_TAKEN: Mapping[MachineStateKind, frozenset[str]] = {
+    "external": frozenset({"running", "paused"}),
+    "none": frozenset({"running", "paused", "prelaunch", "postmigrate"}),
+}
+"""The run states that a snapshot can be taken in.
+
+A save in `prelaunch` makes QEMU end itself (the transition to paused is none that it knows,
+system/runstate.c), and one in `postmigrate` it refuses.
+"""
 
 
 def _machine_blockers(facts: Facts, record: VmRecord) -> Iterator[Blocker]:
@@ -254,7 +281,7 @@ def _storage_blockers(
     for disk in facts.disks:
         yield from _disk_blockers(disk, planned[disk.index].kind)
     if all(plan.kind == "skip" for plan in disks) and facts.disks:
-        yield Blocker("every disk is skipped", "a machine state without its disks cannot be used")
+        yield Blocker("every disk is skipped", "name at least one disk external or internal")
 
 
 def _disk_blockers(disk: DiskFacts, kind: StorageKind) -> Iterator[Blocker]:
@@ -291,17 +318,11 @@ def _method_blockers(
             )
     if _is_live(method):
         yield from _live_blockers(facts, method)
-    is_running = facts.run_state == "running"
-    if method == "paused" and is_running and estimate.pause_ms > request.pause_limit_ms:
+    if method == "paused" and estimate.pause_ms > request.pause_limit_ms:
         yield Blocker(
             f"the guest would stand still for about {estimate.pause_ms:.0f} ms,"
             f" the limit is {request.pause_limit_ms:.0f} ms",
             f"raise it (--pause-limit {2 * estimate.pause_ms:.0f}), or take it live",
-        )
-    if method == "paused" and not is_running and not gives_back_run_state(facts):
-        yield Blocker(
-            "this QEMU cannot give a paused VM its images back after a save",
-            "let the guest run, or use QEMU 10 or newer",
         )
 
 
@@ -324,16 +345,22 @@ def _live_blockers(facts: Facts, method: WindowMethod) -> Iterator[Blocker]:
     if method == "live-storage-first" and facts.run_state != "running":
         yield Blocker(
             "this QEMU would let the paused guest run after a live snapshot",
-            f"let it run first, {_USE_PAUSED}",
+            "let it run first",
         )
 
 
 def _warnings(facts: Facts, disks: tuple[DiskPlan, ...], method: WindowMethod) -> Iterator[str]:
+    unsafe = {disk.index for disk in facts.disks if not disk.may_be_immutable}
     for disk in disks:
         if disk.pause_ms > WARN_PAUSE_MS:
             yield (
                 f"disk {disk.disk!r}: copying its tables takes about {disk.pause_ms:.0f} ms of the"
                 " pause; an external overlay takes 5 ms"
+            )
+        if disk.kind == "external" and disk.index in unsafe:
+            yield (
+                f"disk {disk.disk!r}: {disk.image.path} cannot be made immutable here (file system,"
+                " or no CAP_LINUX_IMMUTABLE): read-only by its mode alone, root can still write it"
             )
         if disk.kind == "skip" and disk.index >= 0:
             yield f"disk {disk.disk!r} is skipped: a restored guest finds it as it is then"
@@ -411,7 +438,7 @@ def _steps(
             cache_no_flush=disk.cache_no_flush,
             detect_zeroes=disk.detect_zeroes,
         )
-    yield RecordNow(now, before, snapshot, record.parent)
+    yield RecordAhead(now, before, snapshot, record.parent)
     if has_state:
         yield OpenState(snapshot, fdset)
         yield _set_migration(facts, method)
@@ -421,7 +448,7 @@ def _steps(
         was_running=facts.run_state == "running",
         fdset=fdset,
         actions=tuple(_actions(facts, disks, snapshot)),
-        limit_ms=request.pause_limit_ms if facts.run_state == "running" else None,
+        limit_ms=request.pause_limit_ms,
         graph_digest=facts.graph_digest,
     )
     if has_state:
@@ -440,10 +467,11 @@ def _actions(facts: Facts, disks: tuple[DiskPlan, ...], snapshot: str) -> Iterat
                 overlay_node=names.overlay_node(snapshot, disk.index),
                 overlay=plan.overlay,
                 base=disk.image,
+                base_mode=disk.mode,
                 merge_job=names.merge_job(snapshot, disk.index),
             )
         elif plan.kind == "internal":
-            yield SnapshotInside(node=disk.node, name=names.internal_name(snapshot))
+            yield SnapshotInside(disk.node, names.internal_name(snapshot), disk.image)
 
 
 def _fdset(snapshot: str) -> int:
@@ -465,11 +493,6 @@ def _set_migration(facts: Facts, method: WindowMethod) -> SetMigration:
     )
 
 
-def _put_back(step: SetMigration) -> SetMigration:
+def _put_back(step: SetMigration) -> PutBackMigration:
     """The step that sets what *step* found."""
-    return SetMigration(
-        capabilities=step.capabilities_before,
-        capabilities_before=step.capabilities,
-        parameters=step.parameters_before,
-        parameters_before=step.parameters,
-    )
+    return PutBackMigration(step.capabilities_before, step.parameters_before)

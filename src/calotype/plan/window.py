@@ -28,8 +28,8 @@ Rules that keep it sound, whatever else happens:
 * Nothing is accepted that the method's table does not spell out, row by row.
 * A RESUME that is not the table's own means that somebody ran the guest inside the window.
 * Any error, any surprise, and the deadline lead to the *retreat*: cancel the save, let the guest
-  run, ask until QEMU confirms both. It ends as `Failed`, which says whether the storage
-  transaction may have happened. What follows then is not this module's business.
+  run, ask until QEMU confirms both. It ends as `Failed`, which says whether QEMU did. What follows
+  then is not this module's business.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,8 +62,6 @@ class State(Enum):
     """The RESUME event has not come."""
     RESUMED = auto()
     """The guest runs; the reply to `cont` has not come."""
-    REACTIVATING = auto()
-    """A VM that was paused before stays so; its images are made active again."""
     RETREATING = auto()
     ACCEPTED = auto()
     FAILED = auto()
@@ -109,6 +107,10 @@ class Command(NamedTuple):
     arguments: Mapping[str, Any]
 
 
+class Interrupt(NamedTuple):
+    """The user wants it to end."""
+
+
 class Accepted(NamedTuple):
     """All parts are of one instant. The stamps are QEMU's; None where the guest was not stopped."""
 
@@ -119,18 +121,16 @@ class Accepted(NamedTuple):
 class Failed(NamedTuple):
     """Nothing is accepted.
 
-    *reason* is what went wrong first, *limit* whether it was the pause limit, *stored* whether
-    the storage transaction may have happened, *settled* whether QEMU confirmed that the VM is in
-    the run state that it had before.
+    *reason* is what went wrong first, *limit* whether it was the pause limit, *settled* whether
+    QEMU confirmed that the VM is in the run state that it had before and saves nothing any more.
     """
 
     reason: str
     limit: bool
-    stored: bool
     settled: bool
 
 
-Input = Event | Reply | Failure | Tick | Lost
+Input = Event | Reply | Failure | Tick | Lost | Interrupt
 Output = Command | Accepted | Failed
 Row = tuple[State, str | None]
 Table = Mapping[tuple[State, str], Row]
@@ -199,12 +199,6 @@ TABLES: Mapping[tuple[WindowMethod, bool], Table] = {
         (S.WATCHING, "saved"): (S.RESUMING, "cont"),
         **_RESUME,
     },
-    ("paused", False): {
-        (S.BEGIN, "begin"): (S.STORING, "transaction"),
-        **_PAUSED,
-        (S.WATCHING, "saved"): (S.REACTIVATING, "blockdev-set-active"),
-        (S.REACTIVATING, "ok blockdev-set-active"): (S.ACCEPTED, None),
-    },
     ("storage-only", True): {
         (S.BEGIN, "begin"): (S.STORING, "transaction"),
         (S.STORING, "ok transaction"): (S.ACCEPTED, None),
@@ -237,7 +231,7 @@ class Window:
         was_running: Whether the VM runs now; if not, it is neither stopped nor continued.
         migrate: The arguments of `migrate`; unused where the method has no machine state.
         actions: The actions of the storage `transaction`; may be empty.
-        limit_ms: After how many milliseconds a pause is given up; None where nothing is paused.
+        limit_ms: After how many milliseconds the window is given up.
     """
 
     def __init__(
@@ -247,17 +241,15 @@ class Window:
         was_running: bool,
         migrate: Mapping[str, Any],
         actions: Sequence[Mapping[str, Any]],
-        limit_ms: float | None,
+        limit_ms: float,
     ) -> None:
         self.state = State.BEGIN
         self._table = TABLES[method, was_running]
         self._quiet = _STORAGE_ONLY_QUIET if method == "storage-only" else _QUIET
-        self._must_run = was_running
         self._limit_ms = limit_ms
         self._arguments: dict[str, Mapping[str, Any]] = {
             "migrate": migrate,
             "transaction": {"actions": list(actions)},
-            "blockdev-set-active": {"active": True},
         }
         self._sent: set[str] = set()
         self._stop_us: int | None = None
@@ -277,10 +269,12 @@ class Window:
             self._elapsed_ms = arrived.elapsed_ms
         if isinstance(arrived, Lost):
             return self._fail(arrived.text, settled=False)
-        if self._retreat is not None:
-            return self._retreat_on(self._retreat, arrived)
         if isinstance(arrived, Event):
             self._note_time(arrived)
+        if self._retreat is not None:
+            return self._retreat_on(self._retreat, arrived)
+        if isinstance(arrived, Interrupt):
+            return self._turn_back("interrupted")
         if isinstance(arrived, Tick) and self._is_late():
             return self._turn_back(
                 f"the pause reached its limit of {self._limit_ms:g} ms", late=True
@@ -294,12 +288,10 @@ class Window:
             self._resume_us = event.at_us
 
     def _is_late(self) -> bool:
-        return self._limit_ms is not None and self._elapsed_ms > self._limit_ms
+        return self._elapsed_ms > self._limit_ms
 
     def _move(self, trigger: str, arrived: Input | None = None) -> list[Output]:
         row = self._table.get((self.state, trigger))
-        if trigger == "ok stop" and self.state is State.STOPPING:
-            self._must_run = False  # no STOP event: somebody else had paused it, and it stays so
         if row is None:
             return [] if trigger in self._quiet else self._turn_back(_complaint(trigger, arrived))
         self.state, command = row
@@ -315,8 +307,15 @@ class Window:
         """Begin the retreat; *reason* is the error that the caller will see."""
         self.state = State.RETREATING
         self._retreat = _Retreat(reason, late, self._elapsed_ms + GRACE_MS)
-        self._must_run = self._must_run and "stop" in self._sent
-        return [*([self._send("cont")] if self._must_run else []), *self._cancel()]
+        return [*([self._send("cont")] if self._must_run() else []), *self._cancel()]
+
+    def _must_run(self) -> bool:
+        """Whether the guest stands still because of our `stop`, as far as is known.
+
+        Without a STOP event somebody else had paused it before, and it stays so. In a retreat that
+        began before `stop` was answered, the event may come yet.
+        """
+        return "stop" in self._sent and self._stop_us is not None
 
     def _cancel(self) -> list[Output]:
         """Cancel the save, if there may be one, and ask how far that is."""
@@ -335,7 +334,7 @@ class Window:
                 retreat.waiting = True
             case Reply("query-migrate", _):
                 return [self._send("query-status")]
-            case Reply("query-status", value) if value["running"] or not self._must_run:
+            case Reply("query-status", value) if value["running"] or not self._must_run():
                 return self._fail("", settled=True)
             case Reply("query-status", _):
                 retreat.waiting = True
@@ -348,7 +347,7 @@ class Window:
         self.state = State.FAILED
         first = self._retreat.reason if self._retreat else text
         late = self._retreat is not None and self._retreat.late
-        return [Failed(first, late, "transaction" in self._sent, settled)]
+        return [Failed(first, late, settled)]
 
 
 class _Retreat:
@@ -376,7 +375,7 @@ def _trigger(arrived: Input) -> str:
             return f"ok {command}"
         case Failure(command, _):
             return f"error {command}"
-        case Lost():
+        case Lost() | Interrupt():
             return "lost"
         case Tick():
             return "tick"

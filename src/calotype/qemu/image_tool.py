@@ -6,10 +6,16 @@ otherwise look for a protocol or for commas in it.
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 
 from calotype.errors import HostError
 from calotype.model.vm import Image
+from calotype.store import images
+from calotype.store.files import sync_directory
+
+_DIE_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
+"""A qemu-img that outlived us would write to what `recover` is about to undo."""
 
 
 async def create_overlay(overlay: str, backing: Image, size_bytes: int) -> None:
@@ -25,6 +31,13 @@ async def create_overlay(overlay: str, backing: Image, size_bytes: int) -> None:
     await _run("create", "-q", "-u", "-f", "qcow2", "-b", backing.path, "-F", backing.format,
                f"file:{overlay}", str(size_bytes))  # fmt: skip
     Path(overlay).chmod(Path(backing.path).stat().st_mode & 0o444 | 0o600)
+    await asyncio.to_thread(_make_durable, Path(overlay))
+
+
+def _make_durable(path: Path) -> None:
+    """Sync a new file and its name: what is recorded next names it."""
+    images.sync_data(path)
+    sync_directory(path.parent)
 
 
 async def snapshot_inside(image: Image, name: str) -> None:
@@ -35,6 +48,19 @@ async def snapshot_inside(image: Image, name: str) -> None:
 async def apply_inside(image: Image, name: str) -> None:
     """Set an image's content to that of its internal snapshot *name*."""
     await _run("snapshot", "-q", "-a", name, f"file:{image.path}")
+
+
+async def commit(overlay: str) -> None:
+    """Merge an overlay's content into what it stands on, and leave it empty; nobody has it open."""
+    await _run("commit", "-q", "-f", "qcow2", f"file:{overlay}")
+
+
+async def mend_leaks(image: Image) -> None:
+    """Give back clusters that a qemu-img which was killed had taken; nobody has the image open.
+
+    qcow2 orders its writes so that what is cut off leaves leaks and nothing worse (block/qcow2.c).
+    """
+    await _run("check", "-q", "-r", "leaks", "-f", image.format, f"file:{image.path}")
 
 
 async def delete_inside(image: Image, name: str) -> None:
@@ -50,8 +76,11 @@ async def extract_inside(image: Image, name: str, copy: str) -> None:
 
 
 async def _run(*arguments: str) -> str:
+    if shutil.which("qemu-img") is None:
+        raise HostError("qemu-img cannot be started", "install Debian's qemu-utils")
     try:
         tool = await asyncio.create_subprocess_exec(
+            *_DIE_WITH_US,
             "qemu-img",
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
@@ -59,7 +88,7 @@ async def _run(*arguments: str) -> str:
             stderr=asyncio.subprocess.PIPE,
         )
     except OSError as error:
-        raise HostError("qemu-img cannot be started", "install Debian's qemu-utils") from error
+        raise HostError("setpriv cannot be started", "install Debian's util-linux") from error
     try:
         output, said = await tool.communicate()
     except asyncio.CancelledError:
@@ -68,5 +97,9 @@ async def _run(*arguments: str) -> str:
         raise
     if tool.returncode:
         text = said.decode(errors="replace").strip()
-        raise HostError(f"qemu-img {arguments[0]} failed: {text}", qemu_img=text)
+        raise HostError(
+            f"qemu-img {arguments[0]} failed: {text}",
+            "see what it says of the file system and of the image; `qemu-img check` looks into one",
+            qemu=text,
+        )
     return output.decode()

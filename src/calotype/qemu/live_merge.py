@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from calotype.errors import ConflictError, QemuError
 from calotype.model.vm import Image
-from calotype.qemu.monitor import CommandRefused, Monitor
+from calotype.qemu.monitor import LAST_WORDS, CommandRefused, Monitor
 from calotype.qemu.observe import DISK_DRIVERS, Blocks, _blocks, _files, _root
 from calotype.qemu.offline_merge import Share
 
@@ -166,7 +166,9 @@ async def _state(monitor: Monitor, job: str) -> dict[str, Any]:
         if state["id"] == job:
             if "error" in state:
                 await monitor.execute("job-dismiss", id=job)
-                raise QemuError(f"QEMU cannot merge: {state['error']}", qemu=state["error"])
+                raise QemuError(
+                    f"QEMU cannot merge: {state['error']}", LAST_WORDS, qemu=state["error"]
+                )
             return dict(state)
     raise QemuError(f"the job {job} is gone", "another client of QEMU's monitor ended it")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from calotype.errors import QemuError
-from calotype.qemu.monitor import CommandRefused, Monitor
+from calotype.qemu.monitor import LAST_WORDS, CommandRefused, Monitor
 
 POLL_S = 0.02
 LOADING_POLL_S = 0.005
@@ -56,7 +56,7 @@ async def saved(monitor: Monitor, tell: Callable[[int], None]) -> None:
             break
         if status not in _UNDER_WAY:
             text = state.get("error-desc", status)
-            raise QemuError(f"the save failed: {text}", "see `calotype logs --qemu`", qemu=text)
+            raise QemuError(f"the save failed: {text}", LAST_WORDS, qemu=text)
         await asyncio.sleep(POLL_S)
     await torn_down(monitor)
 
@@ -109,5 +109,6 @@ async def load(monitor: Monitor, descriptor: int, name: str) -> None:
     await monitor.execute("migrate-incoming", uri=f"fd:{name}")
     while (state := await monitor.execute("query-migrate")).get("status") != "completed":
         if state.get("status") == "failed":
-            raise QemuError(state.get("error-desc", "failed"))
+            text = state.get("error-desc", "failed")
+            raise QemuError(f"the load failed: {text}", LAST_WORDS, qemu=text)
         await asyncio.sleep(LOADING_POLL_S)

@@ -23,9 +23,14 @@ from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError
 
 from calotype.errors import ConflictError, HostError, QemuError
 
-GREETING_TIMEOUT_S = 5.0
+GREETING_TIMEOUT_S = 3.0
 REPLY_TIMEOUT_S = 60.0
 """How long QEMU may be silent: a drain and flush of slow storage fits in, a hang does not."""
+SILENT_TIMEOUT_S = 0.5
+"""How long it may be once it was silent for that long."""
+
+LAST_WORDS = "`calotype logs NAME --qemu` has what QEMU said last"
+"""The remedy where QEMU alone knows more; which VM it is, who holds a monitor does not know."""
 
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
@@ -58,6 +63,8 @@ class Monitor:
     def __init__(self, client: _Client) -> None:
         self._client = client
         self._posted = 0
+        self.is_silent = False
+        """It let us wait in vain; what is asked now is not waited for as long."""
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Send a command and wait for its answer; `_` in argument names stands for `-`.
@@ -72,20 +79,21 @@ class Monitor:
     async def send(self, command: str, arguments: Mapping[str, Any]) -> Any:
         """Send a command with its arguments spelled as QEMU spells them; see `execute`."""
         try:
-            async with asyncio.timeout(REPLY_TIMEOUT_S):
+            async with asyncio.timeout(SILENT_TIMEOUT_S if self.is_silent else REPLY_TIMEOUT_S):
                 return await self._client.execute(command, dict(arguments))
         except ExecuteError as error:
             text = str(error)
-            raise CommandRefused(f"QEMU refused {command}: {text}", qemu=text) from error
+            raise CommandRefused(
+                f"QEMU refused {command}: {text}", LAST_WORDS, qemu=text
+            ) from error
         except TimeoutError as error:
+            self.is_silent = True
             raise QemuError(
-                f"QEMU has not answered {command} for {REPLY_TIMEOUT_S:g} s",
-                "look at its log; a QEMU that hangs is ended by `stop --now`",
+                f"QEMU does not answer {command}",
+                f"{LAST_WORDS}; a QEMU that hangs is ended by `calotype stop --now NAME`",
             ) from error
         except (QMPError, OSError) as error:  # interrupted, or the connection was gone already
-            raise QemuError(
-                f"QEMU went away during {command}", "its last words are in `calotype logs`"
-            ) from error
+            raise QemuError(f"QEMU went away during {command}", LAST_WORDS) from error
 
     def post(self, command: str, arguments: Mapping[str, Any]) -> str:
         """Send a command without waiting; return its id, by which a tap knows the answer."""
@@ -114,7 +122,7 @@ class Monitor:
         try:
             self._client.send_fd_scm(descriptor)
         except (QMPError, OSError) as error:
-            raise QemuError("QEMU went away", "its last words are in `calotype logs`") from error
+            raise QemuError("QEMU went away", LAST_WORDS) from error
 
     @contextlib.contextmanager
     def tapped(self, tap: Tap) -> Iterator[None]:
@@ -166,7 +174,10 @@ def listen_socket(path: Path) -> socket.socket:
         listener.listen(8)
     except OSError as error:
         listener.close()
-        raise HostError(f"cannot listen on {path}: {error.strerror}") from error
+        raise HostError(
+            f"cannot listen on {path}: {error.strerror}",
+            "name a --store on a file system that has sockets and some space",
+        ) from error
     finally:
         os.close(folder)
     return listener
@@ -187,10 +198,11 @@ async def connect(path: Path, timeout_s: float = GREETING_TIMEOUT_S) -> AsyncIte
     except TimeoutError as error:
         raise ConflictError(
             f"the monitor {path} gave no greeting in {timeout_s:g} s",
-            "another client is connected to it, or QEMU hangs",
+            "wait for the command that is connected to it; a QEMU that hangs is ended by"
+            " `calotype stop --now NAME`",
         ) from error
     except (OSError, ConnectError) as error:
-        raise QemuError(f"no QEMU answers on {path}: {error}") from error
+        raise QemuError(f"no QEMU answers on {path}: {error}", LAST_WORDS) from error
     monitor = Monitor(client)
     try:
         yield monitor

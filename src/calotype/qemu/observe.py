@@ -86,12 +86,54 @@ async def active_paths(monitor: Monitor) -> set[str]:
     return {files[_root(backend)] for backend in blocks.backends if backend.get("inserted")}
 
 
-async def delete_inside(monitor: Monitor, image: Image, name: str) -> None:
-    """Delete the internal snapshot *name* of an image that QEMU has open."""
+async def delete_inside(monitor: Monitor, image: Image, identity: str, name: str) -> None:
+    """Delete an internal snapshot of an image that a device is on, by its id and its name."""
     blocks = await _blocks(monitor)
     for node, path in _files(blocks).items():
         if path == image.path and node in {_root(backend) for backend in blocks.backends}:
-            await monitor.execute("blockdev-snapshot-delete-internal-sync", device=node, name=name)
+            await monitor.execute(
+                "blockdev-snapshot-delete-internal-sync", device=node, id=identity, name=name
+            )
+
+
+async def sweep(monitor: Monitor) -> None:
+    """Close nodes and descriptors of ours that nothing uses."""
+    blocks = await _blocks(monitor)
+    names = {node["id"]: node["name"] for node in blocks.graph["nodes"]}
+    children = {names[edge["child"]] for edge in blocks.graph["edges"]}
+    in_use = children | {_root(backend) for backend in blocks.backends}
+    for node in blocks.nodes:
+        if node["node-name"].startswith(OURS) and node["node-name"] not in in_use:
+            await monitor.execute("blockdev-del", node_name=node["node-name"])
+    for fdset in await monitor.execute("query-fdsets"):
+        if any(each.get("opaque", "").startswith(OURS) for each in fdset["fds"]):
+            await monitor.execute("remove-fd", fdset_id=fdset["fdset-id"])
+
+
+class Standing(NamedTuple):
+    """The node of an image that a device is on, and the node that it stands on."""
+
+    node: str
+    below: str
+    """"" where it stands on nothing."""
+
+
+async def find_standing(monitor: Monitor, path: str) -> Standing | None:
+    """Find the node of the image *path*, by the file and not by a name; None if no device is on it.
+
+    Nodes of `-drive` have a new name at each start.
+    """
+    blocks = await _blocks(monitor)
+    files = _files(blocks)
+    names = {node["id"]: node["name"] for node in blocks.graph["nodes"]}
+    below = {
+        names[edge["parent"]]: names[edge["child"]]
+        for edge in blocks.graph["edges"]
+        if edge["name"] == "backing"
+    }
+    roots = (_root(backend) for backend in blocks.backends if backend.get("inserted"))
+    found = next((root for root in roots if files[root] == path), None)
+    return None if found is None else Standing(found, below.get(found, ""))
 
 
 async def observe_topology(monitor: Monitor) -> Topology:
@@ -228,6 +270,7 @@ def _disk(disk: DiskRecord, backend: Mapping[str, Any]) -> DiskFacts:
         cache_direct=cache["direct"],
         cache_no_flush=cache["no-flush"],
         detect_zeroes=inserted["detect_zeroes"],
+        may_be_immutable=images.may_be_immutable(path),
     )
 
 
@@ -238,10 +281,22 @@ def image_chain(image: Image) -> Iterator[ImageFacts]:
 
 
 def _read_only(blocks: Blocks) -> Iterator[ReadOnlyDisk]:
+    files = _files(blocks)
     for backend in blocks.backends:
         if backend.get("inserted") and backend["inserted"]["ro"]:
             name = backend["device"] or _root(backend)
-            yield ReadOnlyDisk(name, backend["inserted"]["file"])
+            yield ReadOnlyDisk(name, files[_root(backend)], _read_only_image(backend, files))
+
+
+def _read_only_image(backend: Mapping[str, Any], files: Mapping[str, str]) -> ImageFacts | None:
+    """Who a read-only image is; None where it is nothing of this host, or of another format.
+
+    The name that QEMU has for what is no file is none of a file: `json:{...}`, `nbd://...`.
+    """
+    path, format_ = Path(files[_root(backend)]), backend["inserted"]["drv"]
+    if format_ not in DISK_DRIVERS or not (path.is_file() or path.is_block_device()):
+        return None
+    return ImageFacts(str(path), format_, images.identify(path, format_))
 
 
 def _strays(found: list[Joined], blocks: Blocks) -> Iterator[str]:

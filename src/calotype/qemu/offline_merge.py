@@ -7,11 +7,13 @@ So each may be cut off and done again. When one returns, what it wrote is on the
 
 import asyncio
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from calotype.errors import HostError
 from calotype.model.vm import Image
+from calotype.qemu.image_tool import _DIE_WITH_US
 from calotype.store import images
 
 Share = Callable[[float], None]
@@ -60,8 +62,11 @@ def _unheard(_: float) -> None:
 
 
 async def _run(told: Share, *arguments: str) -> None:
+    if shutil.which("qemu-img") is None:
+        raise HostError("qemu-img cannot be started", "install Debian's qemu-utils")
     try:
         tool = await asyncio.create_subprocess_exec(
+            *_DIE_WITH_US,
             "qemu-img",
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
@@ -69,7 +74,7 @@ async def _run(told: Share, *arguments: str) -> None:
             stderr=asyncio.subprocess.PIPE,
         )
     except OSError as error:
-        raise HostError("qemu-img cannot be started", "install Debian's qemu-utils") from error
+        raise HostError("setpriv cannot be started", "install Debian's util-linux") from error
     assert tool.stdout
     assert tool.stderr
     try:
@@ -81,7 +86,11 @@ async def _run(told: Share, *arguments: str) -> None:
         raise
     if tool.returncode:
         text = said.decode(errors="replace").strip()
-        raise HostError(f"qemu-img {arguments[0]} failed: {text}", qemu_img=text)
+        raise HostError(
+            f"qemu-img {arguments[0]} failed: {text}",
+            "see what it says of the file system and of the image; `qemu-img check` looks into one",
+            qemu=text,
+        )
 
 
 async def _listen(output: asyncio.StreamReader, told: Share) -> None:

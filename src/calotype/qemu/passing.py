@@ -1,8 +1,8 @@
 """The pump of the paused window: carries what arrives to the state machine and its answers to QEMU.
 
 It decides nothing. Replies and events reach the machine in the order of the wire; a tick follows
-whenever a millisecond went by. A cancellation from outside waits until the window is closed: the
-guest is never left standing because somebody pressed Ctrl-C.
+whenever a millisecond went by. A cancellation from outside is one more thing that arrives: the
+machine closes the window, and the guest is never left standing because somebody pressed Ctrl-C.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from calotype.plan.window import (
     Failed,
     Failure,
     Input,
+    Interrupt,
     Lost,
     Output,
     Reply,
@@ -31,20 +32,32 @@ TICK_S = 0.001
 
 
 async def pass_through(window: Window, monitor: Monitor) -> Accepted | Failed:
-    """Carry *window* to its end over *monitor*; shielded from cancellation."""
-    passage = asyncio.ensure_future(_pump(window, monitor))
-    while True:
+    """Carry *window* to its end over *monitor*.
+
+    Raises:
+        asyncio.CancelledError: The user interrupted; by then the window has ended all the same.
+    """
+    arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
+    passage = asyncio.ensure_future(_pump(window, monitor, arrivals))
+    interrupts = 0
+    while not passage.done():
         try:
-            return await asyncio.shield(passage)
+            await asyncio.shield(passage)
         except asyncio.CancelledError:
-            if passage.cancelled():
-                raise
-            await asyncio.wait({passage})
-            raise
+            interrupts += 1
+            arrivals.put_nowait(Interrupt())
+    if interrupts:
+        raise asyncio.CancelledError
+    return passage.result()
 
 
-async def _pump(window: Window, monitor: Monitor) -> Accepted | Failed:
-    arrivals: asyncio.Queue[Message | None] = asyncio.Queue()
+Arrival = Message | None | Interrupt
+"""What comes over the wire (None when it is cut), or from the user."""
+
+
+async def _pump(
+    window: Window, monitor: Monitor, arrivals: asyncio.Queue[Arrival]
+) -> Accepted | Failed:
     pending: dict[str, str] = {}
     with monitor.tapped(arrivals.put_nowait):
         end = _send(window.begin(), monitor, pending)
@@ -67,7 +80,7 @@ def _send(
 
 
 async def _inputs(
-    arrivals: asyncio.Queue[Message | None], pending: dict[str, str]
+    arrivals: asyncio.Queue[Arrival], pending: dict[str, str]
 ) -> AsyncIterator[Input]:
     """What arrives, in order, and a tick for each millisecond, however much arrives."""
     began = time.monotonic()
@@ -83,7 +96,9 @@ async def _inputs(
                 message = await arrivals.get()
         except TimeoutError:
             continue
-        if message is None:
+        if isinstance(message, Interrupt):
+            yield message
+        elif message is None:
             yield Lost("QEMU went away inside the pause")
         elif (arrived := _read(message, pending)) is not None:
             yield arrived

@@ -27,7 +27,9 @@ class Memory(NamedTuple):
     huge_bytes: int
 
 
-def spawn(argv: Sequence[str], cwd: str, descriptors: Sequence[int], log: int) -> Process:
+def spawn(
+    argv: Sequence[str], cwd: str, descriptors: Sequence[int], log: int, mark: tuple[str, str]
+) -> Process:
     """Start QEMU in a session of its own, without a terminal.
 
     Args:
@@ -35,6 +37,7 @@ def spawn(argv: Sequence[str], cwd: str, descriptors: Sequence[int], log: int) -
         cwd: The folder that relative paths in them start from.
         descriptors: Open files that it inherits, under the same numbers.
         log: An open file for what it says on standard output and error.
+        mark: A variable for its environment, and its value, by which `find` knows it.
 
     Raises:
         HostError: The program cannot be started.
@@ -47,6 +50,7 @@ def spawn(argv: Sequence[str], cwd: str, descriptors: Sequence[int], log: int) -
             stdout=log,
             stderr=log,
             pass_fds=descriptors,
+            env={**os.environ, mark[0]: mark[1]},
             start_new_session=True,
         )
     except OSError as error:
@@ -58,12 +62,32 @@ def spawn(argv: Sequence[str], cwd: str, descriptors: Sequence[int], log: int) -
     return Process(child.pid, start_ticks(child.pid) or 0)
 
 
+def find(variable: str, value: str) -> list[Process]:
+    """The processes that `spawn` started with this mark, and not what they started in turn.
+
+    Each leads a session of its own; what it started inherits the mark but not that.
+    """
+    mark = f"{variable}={value}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        pid = int(folder.name)
+        with contextlib.suppress(OSError):
+            if mark in (folder / "environ").read_bytes().split(b"\0") and os.getsid(pid) == pid:
+                found.append(Process(pid, start_ticks(pid) or 0))
+    return [each for each in found if each.start_ticks]
+
+
 def start_ticks(pid: int) -> int | None:
     """When the process started, in clock ticks since boot; None where it is gone or a zombie."""
     with contextlib.suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else int(fields[18])
     return None
+
+
+def this() -> Process:
+    """This very process."""
+    return Process(os.getpid(), start_ticks(os.getpid()) or 0)
 
 
 def is_alive(qemu: Process) -> bool:

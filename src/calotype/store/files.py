@@ -12,6 +12,7 @@ it and anybody may remove it. Failures of the host become a `HostError` here, on
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,13 +46,18 @@ def host_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        number = error.errno or 0
-        raise HostError(
-            f"{path}: {error.strerror or error}",
-            _REMEDIES.get(number, ""),
-            path=str(path),
-            errno=errno.errorcode.get(number, str(number)),
-        ) from error
+        raise host_error(path, error) from error
+
+
+def host_error(path: Path | str, error: OSError) -> HostError:
+    """The error of ours for what the system said of *path*."""
+    number = error.errno or 0
+    return HostError(
+        f"{path}: {error.strerror or error}",
+        _REMEDIES.get(number, "look into the kernel log, and whether the file system is sound"),
+        path=str(path),
+        errno=errno.errorcode.get(number, str(number)),
+    )
 
 
 def write_atomically(path: Path, data: bytes, mode: int = _PRIVATE_FILE_MODE) -> None:
@@ -145,6 +151,7 @@ def _fill(fd: int, data: bytes, mode: int) -> None:
 def _make_private(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.fchmod(fd, _PRIVATE_DIRECTORY_MODE)
+        if stat.S_IMODE(os.fstat(fd).st_mode) != _PRIVATE_DIRECTORY_MODE:
+            os.fchmod(fd, _PRIVATE_DIRECTORY_MODE)
     finally:
         os.close(fd)

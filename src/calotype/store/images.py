@@ -22,13 +22,13 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 from blake3 import blake3
 from msgspec.structs import replace
 
-from calotype.errors import HostError, StoreError
+from calotype.errors import CommandLineError, HostError, StoreError
 from calotype.formats import qcow2
 from calotype.model.identity import Format, Identity
 from calotype.store.files import host_errors
@@ -49,6 +49,18 @@ _NO_FLAGS = frozenset({errno.ENOTTY, errno.EOPNOTSUPP, errno.EPERM})
 """The file system has no such flag, or we may not set it; anything else is a failure."""
 
 Value = TypeVar("Value")
+
+
+Protection = Literal["immutable", "read-only", "writable", "missing", "unknown"]
+"""How an image is kept from being written to; read-only is by its mode alone, and not for root."""
+
+_CAP_LINUX_IMMUTABLE = 9
+_NO_DISKS = {
+    stat.S_IFCHR: "a character device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
 
 
 class Frozen(msgspec.Struct, frozen=True):
@@ -188,6 +200,56 @@ def thaw(path: Path, frozen: Frozen) -> None:
         if now.mode_before != frozen.mode_before:
             os.fchmod(fd, frozen.mode_before)
         os.fsync(fd)
+
+
+def protection(path: Path) -> Protection:
+    """Say how an image is protected now; it never fails, for it is asked only to be told."""
+    if not path.exists():
+        return "missing"
+    try:
+        now = before_freeze(path)
+    except HostError:
+        return "unknown"
+    if not now.immutable:
+        return "immutable"
+    return "writable" if now.mode_before & ~_READ_ONLY_MODE else "read-only"
+
+
+def may_be_immutable(path: Path) -> bool:
+    """Whether a freeze could make this image immutable; nothing is changed to find out.
+
+    Source: capabilities(7), ioctl_iflags(2). In a user namespace the answer may be too good.
+
+    Raises:
+        HostError: As `identify`.
+    """
+    with _opened(path) as fd:
+        return _flags(fd) is not None and _has_capability(_CAP_LINUX_IMMUTABLE)
+
+
+def _has_capability(number: int) -> bool:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    effective = next(line for line in lines if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> number & 1)
+
+
+def require_disk(path: Path) -> None:
+    """Refuse what cannot be a disk that is snapshotted: only a file or a block device can.
+
+    It is not opened: opening some devices has effects.
+
+    Raises:
+        HostError: Nothing is there, or it may not be looked at.
+        CommandLineError: It is neither.
+    """
+    with host_errors(path):
+        kind = stat.S_IFMT(path.stat().st_mode)
+    if kind in _NO_DISKS:
+        raise CommandLineError(
+            f"{path} is {_NO_DISKS[kind]}, which holds no disk",
+            "name a file or a block device; for an empty disk, a null-co node",
+            path=str(path),
+        )
 
 
 def free_bytes(path: Path) -> int:

@@ -2,18 +2,25 @@
 
 It is a picture of records and manifests and holds nothing that they do not. It notices by itself
 when it is out of date, for it may lag behind after a crash, or be deleted.
+
+A file that is damaged is removed and made anew. A full disk, a lock and a missing permission are no
+damage: the file stays, and whoever only reads gets the same picture in memory. Which it is is told
+by SQLite's error codes (https://sqlite.org/rescode.html), never by its texts.
 """
 
 import contextlib
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
+from calotype.errors import HostError, StoreError
 from calotype.model.labels import UNLABELLED, Labels, labelled
+from calotype.model.names import is_text
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import VmRecord
+from calotype.store.files import host_errors
 
 SCHEMA_VERSION = 2
 _SCHEMA = """
@@ -26,6 +33,29 @@ CREATE TABLE snapshots (
 );
 CREATE INDEX by_vm ON snapshots (vm_id, instant);
 """
+
+
+_DAMAGE = frozenset({
+    sqlite3.SQLITE_ERROR,  # no such table, no such column: none of ours
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_FORMAT,
+})  # fmt: skip
+"""The codes that say that the file is no index of ours, or not any more."""
+
+_MAY_WRITE = "run as a user who may write it, or grant the permission"
+_REMEDIES = {
+    sqlite3.SQLITE_FULL: "free some space on that file system",
+    sqlite3.SQLITE_BUSY: "wait until the other command is done",
+    sqlite3.SQLITE_LOCKED: "wait until the other command is done",
+    sqlite3.SQLITE_PERM: _MAY_WRITE,
+    sqlite3.SQLITE_READONLY: _MAY_WRITE,
+    sqlite3.SQLITE_AUTH: _MAY_WRITE,
+    sqlite3.SQLITE_CANTOPEN: "see what is at that path: it must be a file that we may write to, on"
+    " a file system with some space",
+    sqlite3.SQLITE_IOERR: "see whether that file system is full, and look into the kernel log",
+}
+_OTHER_REMEDY = "see what is at that path; the file may be removed, and is made anew then"
 
 
 class SnapshotEntry(msgspec.Struct, frozen=True):
@@ -69,60 +99,99 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._make()
+        self._memory: sqlite3.Connection | None = None
+        self.fault: HostError | None = None
+        """Why the file cannot be used; the index is in memory then, and cannot be changed."""
+        try:
+            self._repaired(self._make)
+        except HostError as error:
+            self._turn_to_memory(error)
 
     def _make(self) -> None:
         """Make the tables, unless they are there; others may be doing the same."""
-        try:
-            with self._open() as database:
-                if _version(database) != SCHEMA_VERSION:
-                    database.execute("BEGIN IMMEDIATE")
-                    _make_tables(database)
-        except sqlite3.DatabaseError as error:
-            self._remove_damaged(error)
-            with self._open() as database:
-                database.execute("BEGIN IMMEDIATE")
-                _make_tables(database)
+        with self._open() as database:
+            if _version(database) == SCHEMA_VERSION:
+                return
+            database.execute("BEGIN IMMEDIATE")
+            _make_tables(database)
         self._path.chmod(0o600)
+
+    def _turn_to_memory(self, fault: HostError) -> None:
+        """Go on with an empty index that nobody else sees."""
+        self.fault = fault
+        self._memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        _make_tables(self._memory)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        database = sqlite3.connect(self._path, timeout=10, isolation_level=None)
+        """The index, for a `with` block, which is a transaction if it begins one.
+
+        Raises:
+            HostError: The host does not let us, or not now.
+            StoreError: It is damaged.
+        """
+        with _our_errors(self._path, self.fault):
+            if self._memory is not None:
+                yield self._memory
+                return
+            database = sqlite3.connect(self._path, timeout=10, isolation_level=None)
+            try:
+                with database:
+                    yield database
+            finally:
+                database.close()
+
+    def _repaired(self, act: Callable[[], None]) -> None:
+        """Do *act*; on an index that is damaged once more, on one that is made anew."""
         try:
-            with database:
-                yield database
-        finally:
-            database.close()
+            act()
+        except StoreError:
+            with host_errors(self._path):
+                self._path.unlink(missing_ok=True)
+            self._make()
+            act()
 
     def rebuild(
-        self, records: Iterable[VmRecord], manifests: Iterable[tuple[Manifest, Labels]]
+        self,
+        records: Iterable[VmRecord],
+        manifests: Iterable[tuple[Manifest, Labels]],
+        unread: Collection[str] = (),
     ) -> None:
-        """Make it anew, in one transaction: others see the old one or the new one."""
-        kept = (list(records), list(manifests))
-        try:
-            self._fill(*kept)
-        except sqlite3.DatabaseError as error:
-            self._remove_damaged(error)
-            self._make()
-            self._fill(*kept)
+        """Make it anew, in one transaction: others see the old one or the new one.
 
-    def _remove_damaged(self, error: sqlite3.DatabaseError) -> None:
-        """Remove the file; but one that is only in use by others is sound."""
-        if "locked" in str(error):
-            raise error
-        self._path.unlink(missing_ok=True)
+        Args:
+            records: Every VM.
+            manifests: Every snapshot, with what the user said of it since.
+            unread: Ids of VMs and snapshots that are there but cannot be read; they stay as known.
+        """
+        kept = (list(records), list(manifests), list(unread))
+        try:
+            self._repaired(lambda: self._fill(*kept))
+        except HostError as error:
+            if self.fault is None:
+                self._turn_to_memory(error)
+            self._fill(*kept)
 
     def _fill(
-        self, records: Iterable[VmRecord], manifests: Iterable[tuple[Manifest, Labels]]
+        self,
+        records: Iterable[VmRecord],
+        manifests: Iterable[tuple[Manifest, Labels]],
+        unread: Collection[str],
     ) -> None:
         with self._open() as database:
+            database.execute("PRAGMA query_only = OFF")
             database.execute("BEGIN IMMEDIATE")
-            database.execute("DELETE FROM vms")
-            database.execute("DELETE FROM snapshots")
+            for table in ("vms", "snapshots"):
+                for (known,) in database.execute(f"SELECT id FROM {table}").fetchall():  # noqa: S608
+                    if known not in unread:
+                        database.execute(f"DELETE FROM {table} WHERE id = ?", (known,))  # noqa: S608
             for record in records:
                 _put_vm(database, record)
             for manifest, labels in manifests:
                 _put_snapshot(database, manifest, labels)
+            if self._memory is not None:
+                database.execute("COMMIT")
+                database.execute("PRAGMA query_only = ON")
 
     def is_current(self, on_disk: tuple[Collection[str], Collection[str]]) -> bool:
         """Whether it holds just the VMs and snapshots that are *on_disk*, by their ids."""
@@ -131,7 +200,7 @@ class Index:
             with self._open() as database:
                 known_vms = {row[0] for row in database.execute("SELECT id FROM vms")}
                 known = {row[0] for row in database.execute("SELECT id FROM snapshots")}
-        except sqlite3.DatabaseError:
+        except (HostError, StoreError):
             return False
         return known_vms == set(vm_ids) and known == set(snapshots)
 
@@ -158,7 +227,7 @@ class Index:
 
     def vm_named(self, name: str) -> str | None:
         """The id of the VM called *name*; bytes that are no text name none."""
-        if not _is_text(name):
+        if not is_text(name):
             return None
         with self._open() as database:
             row = database.execute("SELECT id FROM vms WHERE name = ?", (name,)).fetchone()
@@ -182,6 +251,23 @@ class Index:
         return [msgspec.convert(each, SnapshotEntry, strict=False) for each in members]
 
 
+@contextlib.contextmanager
+def _our_errors(path: Path, fault: HostError | None) -> Iterator[None]:
+    """Tell SQLite's errors as ours: damage, or *fault*, or what the host does not let us do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_MISUSE) & 0xFF
+        if fault is not None:
+            raise fault from error
+        if code in _DAMAGE:
+            raise StoreError(
+                f"{path} is damaged: {error}", "`calotype doctor --rebuild`", path=str(path)
+            ) from error
+        remedy = _REMEDIES.get(code, _OTHER_REMEDY)
+        raise HostError(f"{path}: {error}", remedy, path=str(path)) from error
+
+
 def _version(database: sqlite3.Connection) -> int:
     (version,) = database.execute("PRAGMA user_version").fetchone()
     return int(version)
@@ -196,11 +282,6 @@ def _make_tables(database: sqlite3.Connection) -> None:
     for statement in filter(str.strip, _SCHEMA.split(";")):
         database.execute(statement)
     database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-
-def _is_text(name: str) -> bool:
-    """Whether SQLite can hold it: an argument that is not UTF-8 reaches Python as surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _put_vm(database: sqlite3.Connection, record: VmRecord) -> None:

@@ -4,12 +4,15 @@
 
     STORE/
         index.sqlite                    a picture of the rest; may be deleted at any time
+        naming.lock                     held while a VM is defined
         vms/VM-ID/
             record.json                 the definition, and which images hold the newest content
             process.json                the QEMU that runs it, if one does
             lock                        held by the one operation that changes this VM
             control.sock query.sock console.sock
             qemu.log console.log
+            journal/ID.jsonl            an operation under way, or cut off (store/journal.py)
+            history/ID.jsonl            one that has ended
             snapshots/ID/
                 machine-state           RAM and devices, for the owner alone
                 manifest.json           written last; without it there is no snapshot
@@ -24,9 +27,9 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import msgspec
 
@@ -34,7 +37,13 @@ from calotype.errors import ConflictError, HostError, NotFoundError, StoreError
 from calotype.model.labels import Labels
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import Process, VmRecord
-from calotype.store.files import make_private_directory, sync_directory, write_atomically
+from calotype.store.files import (
+    TEMPORARY_PREFIX,
+    host_errors,
+    make_private_directory,
+    sync_directory,
+    write_atomically,
+)
 from calotype.store.index import Index
 
 _Kept = TypeVar("_Kept", VmRecord, Process, Manifest, Labels)
@@ -45,6 +54,9 @@ class Store:
 
     Args:
         root: The folder; made if it is not there, for its owner alone.
+
+    Attributes:
+        damage: The files that could not be read when the index was made anew, just now.
 
     Raises:
         HostError: The folder cannot be made.
@@ -59,6 +71,7 @@ class Store:
             raise HostError(
                 f"cannot keep a store in {root}: {error.strerror}", "name another with --store"
             ) from error
+        self.damage: list[StoreError] = []
         self.index = Index(root / "index.sqlite")
         if not self.index.is_current(self._ids_on_disk()):
             self.rebuild_index()
@@ -99,6 +112,10 @@ class Store:
     def records(self) -> list[VmRecord]:
         """Every VM, by name."""
         return [self.record(vm_id) for vm_id in self.index.vm_ids()]
+
+    def sound_records(self) -> tuple[list[VmRecord], list[StoreError]]:
+        """Every VM whose record can be read, by name; and what is wrong with the others."""
+        return _sound(self.record, self.index.vm_ids())
 
     def forgotten(self) -> list[VmRecord]:
         """The VMs that were forgotten; their images may still be immutable."""
@@ -145,28 +162,38 @@ class Store:
         _write(self.folder(vm_id) / "process.json", qemu)
 
     @contextlib.contextmanager
-    def locked(self, record: VmRecord) -> Iterator[None]:
+    def naming(self) -> Iterator[None]:
+        """Be the only one who gives names and images to VMs; held for moments, so waited for."""
+        with _opened_lock(self.root / "naming.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def locked(self, record: VmRecord, word: str) -> Iterator[None]:
         """Be the only one who changes this VM, for the length of a `with` block.
 
-        The lock dies with its holder.
+        The lock dies with its holder: what is written in it tells who it is, and locks nothing.
+
+        Args:
+            record: The VM.
+            word: What is being done to it.
 
         Raises:
             ConflictError: Another process is at it.
         """
         path = self.folder(record.id) / "lock"
-        with path.open("a+") as lock:
+        with _opened_lock(path) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
+                pid, _, words = lock.read().strip().partition(" ")
                 raise ConflictError(
-                    f"process {holder} is changing the VM {record.name!r}",
+                    f"process {pid or 'unknown'} is changing the VM {record.name!r}: {words}",
                     "wait until it is done",
-                    holder=holder,
+                    holder=pid,
                 ) from error
             lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
+            lock.write(f"{os.getpid()} {word} (start time {_start_ticks()})\n")
             lock.flush()
             yield
 
@@ -179,6 +206,21 @@ class Store:
     def manifests(self, vm_id: str) -> list[Manifest]:
         """Every snapshot of a VM, oldest first."""
         return [self.manifest(vm_id, entry.id) for entry in self.index.snapshots(vm_id)]
+
+    def sound_manifests(self, vm_id: str) -> tuple[list[Manifest], list[StoreError]]:
+        """Every snapshot of a VM that can be read, oldest first; and what is wrong with the others.
+
+        Who removes what no snapshot stands on must heed the others: nobody knows what they need.
+        """
+        found, damage = _sound(
+            lambda snapshot: self.manifest(vm_id, snapshot), sorted(self._snapshots_of(vm_id))
+        )
+        return sorted(found, key=lambda manifest: (manifest.instant, manifest.id)), damage
+
+    def is_under_way(self, vm_id: str, snapshot: str) -> bool:
+        """Whether a snapshot has begun, and is not complete: it has a folder, and no manifest."""
+        folder = self.snapshot_folder(vm_id, snapshot)
+        return folder.is_dir() and not (folder / "manifest.json").exists()
 
     def make_snapshot_folder(self, vm_id: str, snapshot: str) -> None:
         """Make the folder for a snapshot's own files."""
@@ -227,21 +269,95 @@ class Store:
         _write(self.snapshot_folder(manifest.vm_id, manifest.id) / "labels.json", labels)
         self.index.put_snapshot(manifest, labels)
 
+    def has_manifest(self, vm_id: str, snapshot: str) -> bool:
+        """Whether a snapshot exists."""
+        return bool(snapshot) and (self.snapshot_folder(vm_id, snapshot) / "manifest.json").exists()
+
+    # --- operations ------------------------------------------------------------------------------
+
+    def unfinished(self, vm_id: str) -> list[Path]:
+        """The journals of operations on a VM that are under way or were cut off, oldest first."""
+        return _journals(self.folder(vm_id) / "journal")
+
+    def history(self, vm_id: str) -> list[Path]:
+        """The journals of operations on a VM that have ended, oldest first."""
+        return _journals(self.folder(vm_id) / "history")
+
+    def sweep(self, vm_id: str) -> None:
+        """Remove temporary files and the folders of snapshots that have no manifest.
+
+        The caller holds the VM's lock, and no journal refers to them any more.
+        """
+        folder = self.folder(vm_id)
+        for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+            path.unlink(missing_ok=True)
+        for path in (folder / "snapshots").glob("*"):
+            if not (path / "manifest.json").exists():
+                shutil.rmtree(path)
+
     # --- index -----------------------------------------------------------------------------------
 
     def rebuild_index(self) -> int:
-        """Make the index anew from records and manifests; return how many snapshots there are."""
+        """Make the index anew from what can be read; return how many snapshots there are.
+
+        What cannot be read is noted in `damage`, and is in the way of nothing else.
+        """
         vm_ids, snapshots = self._ids_on_disk()
-        manifests = [_read(path / "manifest.json", Manifest) for path in snapshots.values()]
-        labelled = [(each, self.labels(each.vm_id, each.id)) for each in manifests]
-        self.index.rebuild(map(self.record, vm_ids), labelled)
+        records, spoiled_records = _sound(self.record, sorted(vm_ids))
+        manifests, spoiled_manifests = _sound(
+            lambda snapshot: _read(snapshots[snapshot] / "manifest.json", Manifest),
+            sorted(snapshots),
+        )
+        self.damage = spoiled_records + spoiled_manifests
+        read = {record.id for record in records} | {manifest.id for manifest in manifests}
+        labelled = [(each, self._sound_labels(each)) for each in manifests]
+        self.index.rebuild(records, labelled, {*vm_ids, *snapshots} - read)
         return len(manifests)
+
+    def _sound_labels(self, manifest: Manifest) -> Labels:
+        """What the user said of a snapshot, as far as it can be read."""
+        found, damage = _sound(lambda each: self.labels(manifest.vm_id, each), [manifest.id])
+        self.damage += damage
+        return found[0] if found else Labels()
 
     def _ids_on_disk(self) -> tuple[set[str], dict[str, Path]]:
         """The ids of the VMs, and the folders of the snapshots that have a manifest, by id."""
         vm_ids = {path.parent.name for path in self._vms.glob("*/record.json")}
-        manifests = self._vms.glob("*/snapshots/*/manifest.json")
-        return vm_ids, {path.parent.name: path.parent for path in manifests}
+        return vm_ids, self._snapshots_of("*")
+
+    def _snapshots_of(self, vm_id: str) -> dict[str, Path]:
+        """The folders of the snapshots of a VM, or of all (`*`), that have a manifest, by id."""
+        manifests = self._vms.glob(f"{vm_id}/snapshots/*/manifest.json")
+        return {path.parent.name: path.parent for path in manifests}
+
+
+def _sound(
+    read: Callable[[str], _Kept], ids: Iterable[str]
+) -> tuple[list[_Kept], list[StoreError]]:
+    """What can be read of *ids*, and what is wrong with the others."""
+    sound, damage = [], []
+    for each in ids:
+        try:
+            sound.append(read(each))
+        except StoreError as error:
+            damage.append(error)
+    return sound, damage
+
+
+def _opened_lock(path: Path) -> TextIO:
+    """A lock's file, for its owner alone; made if it is not there, never removed."""
+    with host_errors(path):
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+
+
+def _journals(folder: Path) -> list[Path]:
+    found = folder.glob("*.jsonl") if folder.is_dir() else ()
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
+
+def _start_ticks() -> str:
+    """When this process was started, in clock ticks since boot (proc(5), stat)."""
+    return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def _write(path: Path, value: msgspec.Struct) -> None:
@@ -253,7 +369,19 @@ def _read(path: Path, kind: type[_Kept]) -> _Kept:
     try:
         value = msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}", path=str(path)) from error
+        raise _damaged(path, f"cannot read {path}: {error.strerror}", kind) from error
     except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        raise StoreError(f"{path} is not what it should be: {error}", path=str(path)) from error
+        raise _damaged(path, f"{path} is not what it should be: {error}", kind) from error
     return value
+
+
+_REMEDIES: Mapping[type[msgspec.Struct], str] = {
+    VmRecord: "put it back from a copy; other VMs are not affected",
+    Process: "remove it if no QEMU runs this VM, else write its pid and start time into it again",
+    Manifest: "put it back from a copy; other snapshots are not affected",
+    Labels: "put it back from a copy, or remove it: then the manifest's own tag counts again",
+}
+
+
+def _damaged(path: Path, problem: str, kind: type[msgspec.Struct]) -> StoreError:
+    return StoreError(problem, _REMEDIES[kind], path=str(path))

@@ -101,9 +101,13 @@ class Machine:
         }
 
     def files(self) -> list[tuple[str, int]]:
-        """Every image, and every file of the store, by name and mode."""
+        """Every image, and every file of the store, by name and mode; logs and history left out."""
         unsteady = ("console.log", "qemu.log", "lock")
-        paths = (path for path in self.folder.rglob("*") if path.name not in unsteady)
+        paths = (
+            path
+            for path in self.folder.rglob("*")
+            if path.name not in unsteady and "history" not in path.parts
+        )
         return sorted((str(path.relative_to(self.folder)), path.stat().st_mode) for path in paths)
 
     def calotype(self, *words: str) -> dict[str, Any]:

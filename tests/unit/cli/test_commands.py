@@ -24,15 +24,17 @@ from builders import (
     make_part,
     make_record,
 )
-from calotype.cli.list_cmd import draw
+from calotype.cli.list_cmd import Place, draw
 from calotype.cli.main import COMMANDS, main
-from calotype.cli.output import report_error, run_async, size
+from calotype.cli.output import UNDONE, report_error, run_async, size
 from calotype.engine import operations
 from calotype.errors import FAMILIES, CalotypeError, InterruptError, QemuError
 from calotype.model.snapshot import Manifest, Timings
-from calotype.model.vm import Image, VmRecord
+from calotype.model.vm import Image, Process, VmRecord
 from calotype.plan.take import TakePlan, TakeRequest, plan_take
+from calotype.store import images
 from calotype.store.index import SnapshotEntry, entry_of
+from calotype.store.journal import Began, Journal
 from calotype.store.store import Store
 
 
@@ -118,11 +120,18 @@ def test_the_version_is_told(calotype: Calotype) -> None:
         ("take", "web", "--machine-state", "some"),
         ("take", "web", "--method", "quick"),
         ("take", "web", "--pause-limit", "0"),
+        ("take", "web", "--pause-limit", "nan"),
+        ("take", "web", "--pause-limit", "inf"),
+        ("take", "web", "--machine-state", "none", "--method", "paused"),
         ("take", "-x"),
         ("restore", "web", "--run-state", "off"),
         ("list", "one", "two"),
         ("doctor",),
         ("stop", "web", "--timeout", "soon"),
+        ("stop", "web", "--timeout", "-1"),
+        ("stop", "web", "--timeout", "0"),
+        ("stop", "web", "--timeout", "nan"),
+        ("stop", "web", "--timeout", "inf"),
     ],
 )
 def test_words_that_are_wrong_are_exit_code_2(calotype: Calotype, words: tuple[str, ...]) -> None:
@@ -346,7 +355,7 @@ def test_a_second_interrupt_is_answered(capsys: pytest.CaptureFixture[str]) -> N
             await asyncio.sleep(60)
 
     with pytest.raises(InterruptError):
-        run_async(work())
+        run_async(work(), UNDONE)
     assert capsys.readouterr().err == "calotype: undoing what was begun; please wait\n"
 
 
@@ -483,6 +492,23 @@ def test_a_plan_says_all_and_ends_with_whether_it_can_be_carried_out(
     assert told.code == code
     assert told.json["plan"]["snapshot"] == SNAPSHOT
     assert len(told.json["plan"]["blockers"]) == len(plan.blockers)
+    assert ("error" in told.json) == bool(plan.blockers)
+    assert bool(said.err) == bool(plan.blockers)
+
+
+def test_a_plan_that_is_blocked_is_told_with_its_error(
+    monkeypatch: pytest.MonkeyPatch, calotype: Calotype
+) -> None:
+    async def plan_only(*_: Any) -> TakePlan:
+        facts = make_facts(block_jobs=("mirror0",), strays=("a stray",))
+        return plan_take(facts, make_record(), TakeRequest(), SNAPSHOT)
+
+    monkeypatch.setattr(operations, "plan_only", plan_only)
+    error = calotype("take", "web", "--plan", "--json").json["error"]
+    assert error["family"] == "blocked"
+    assert error["problem"] == "no snapshot of 'web' can be taken: a stray (and 1 more: see --plan)"
+    assert len(error["blockers"]) == 2
+    assert error["remedy"] == error["blockers"][0][1]
 
 
 # --- list ----------------------------------------------------------------------------------------
@@ -494,7 +520,7 @@ def entry(snapshot: str, parent: str | None = None, **changes: Any) -> SnapshotE
 
 def shape(now: str | None, *entries: SnapshotEntry) -> list[str]:
     """The tree, each snapshot as its id alone."""
-    return [line.partition("  2025-")[0] for line in draw(make_record(parent=now), entries)]
+    return [line.partition("  2025-")[0] for line in draw(Place(now), entries)]
 
 
 TREES: dict[str, tuple[str | None, list[SnapshotEntry], list[str]]] = {
@@ -556,7 +582,42 @@ def test_snapshots_are_drawn_as_a_tree(name: str) -> None:
 def test_a_snapshot_is_one_line_whatever_the_user_wrote(
     changes: dict[str, Any], label: str
 ) -> None:
-    assert draw(make_record(), [entry("a", None, **changes)])[0] == f"├── {label}"
+    assert draw(Place(None), [entry("a", None, **changes)])[0] == f"├── {label}"
+
+
+def under_way(root: Path, record: VmRecord) -> None:
+    """The record names a snapshot from before the instant on; its manifest is written last."""
+    keep(root, record, make_manifest())
+    store = Store(root)
+    store.make_snapshot_folder(VM_ID, OTHER)
+    store.save(replace(record, parent=OTHER))
+
+
+def test_a_snapshot_under_way_is_no_root(calotype: Calotype, root: Path) -> None:
+    under_way(root, make_record())
+    heading, first, now = calotype("list").out.splitlines()
+    assert heading == "web"
+    assert first.startswith(f"└── {SNAPSHOT}  ")
+    assert now == f"a snapshot is under way: {OTHER}"
+    (vm,) = calotype("list", "--json").json["vms"]
+    assert (vm["now"], vm["under_way"]) == (None, OTHER)
+    assert f"descends from: a snapshot under way, {OTHER}\n" in calotype("show", "web").out
+    Store(root).commit(make_manifest(id=OTHER, parent=SNAPSHOT))
+    (vm,) = calotype("list", "--json").json["vms"]
+    assert (vm["now"], vm["under_way"]) == (OTHER, None)
+
+
+def test_while_a_snapshot_is_under_way_now_is_where_it_was(calotype: Calotype, root: Path) -> None:
+    record = make_record(parent=SNAPSHOT)
+    under_way(root, record)
+    owner = Process(os.getpid(), 1)
+    began = Began("take", "c" * 16, OTHER, "2025-01-02T03:04:05+00:00", owner, None, record, ())
+    Journal.begin(Store(root).folder(VM_ID), began)
+    _, first, now, told = calotype("list").out.splitlines()
+    assert first.startswith(f"└── {SNAPSHOT}  ")
+    assert (now, told) == ("    └── now", f"a snapshot is under way: {OTHER}")
+    (vm,) = calotype("list", "--json").json["vms"]
+    assert (vm["now"], vm["under_way"]) == (SNAPSHOT, OTHER)
 
 
 def test_a_long_chain_is_drawn_too() -> None:
@@ -629,6 +690,42 @@ def test_show_tells_which_image_is_the_active_one(calotype: Calotype, root: Path
     assert calotype("show", "web", "--json").json["vm"]["id"] == record.id
 
 
+@pytest.mark.parametrize(
+    ("mode", "is_immutable", "protection", "words"),
+    [
+        (0o444, True, "immutable", "frozen: immutable, for root too"),
+        (0o444, False, "read-only", "frozen: read-only by its mode alone"),
+        (0o644, False, "writable", "not frozen"),
+        (None, False, "missing", "missing"),
+    ],
+)
+def test_show_tells_how_a_frozen_image_is_protected(
+    calotype: Calotype,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: int | None,
+    is_immutable: bool,
+    protection: str,
+    words: str,
+) -> None:
+    path = tmp_path / "disk0.qcow2"
+    if mode is not None:
+        path.touch(mode)
+        path.chmod(mode)
+    monkeypatch.setattr(images, "_flags", lambda _: 0x10 * is_immutable)
+    origin = Image(str(path), "qcow2")
+    keep(
+        root,
+        make_record([make_disk_record(origin=origin)]),
+        make_manifest([make_part(image=origin), make_part(1, "internal"), make_part(2, "skip")]),
+    )
+    for choice in ((), ("--latest",)):
+        assert f"  {words}" in calotype("show", "web", *choice).out
+        told = calotype("show", "web", *choice, "--json").json["protection"]
+        assert told == {str(path): protection}
+
+
 @pytest.mark.parametrize("choice", [("--latest",), ("--tag", "x"), ("--id", SNAPSHOT[:-1])])
 def test_show_tells_all_of_a_snapshot(
     calotype: Calotype, root: Path, choice: tuple[str, ...]
@@ -684,6 +781,56 @@ def test_logs_are_text_in_json(calotype: Calotype, root: Path) -> None:
     assert calotype("logs", "web", "--json").json == {
         "schema": 1, "vm": "web", "text": "login: \ufffd\n",
     }  # fmt: skip
+
+
+DAMAGED: dict[str, tuple[str, set[str], list[str]]] = {
+    "record": ("record.json", {"ps", "list"}, ["web"]),
+    "process": ("process.json", {"ps"}, ["mail", "web"]),
+    "manifest": (f"snapshots/{OTHER}/manifest.json", {"list"}, ["mail", "web"]),
+}
+"""The file, the commands that look into it, and the VMs that are known without it."""
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+@pytest.mark.parametrize("word", ["ps", "list"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named_and_hides_nothing_else(
+    calotype: Calotype, root: Path, name: str, word: str, is_indexed: bool
+) -> None:
+    file, readers, names = DAMAGED[name]
+    keep(root, make_record(), make_manifest())
+    keep(root, make_record(id=OTHER, name="mail"), make_manifest(id=OTHER, vm_id=OTHER))
+    path = root / "vms" / OTHER / file
+    path.write_text("{")
+    if not is_indexed:
+        (root / "index.sqlite").unlink()
+    said = calotype(word, "--json")
+    assert said.code == 0
+    assert [vm["name"] for vm in said.json["vms"]] == names
+    is_looked_at = word in readers or (not is_indexed and name != "process")
+    assert [error["path"] for error in said.json["damaged"]] == [str(path)] * is_looked_at
+    assert all(error["remedy"] for error in said.json["damaged"])
+    assert (str(path) in said.err) == is_looked_at
+    assert calotype("show", "web", "--latest").code == 0
+
+
+def test_a_damaged_record_keeps_its_name_as_long_as_the_index_knows_it(
+    calotype: Calotype, root: Path
+) -> None:
+    keep(root)
+    (root / "vms" / VM_ID / "record.json").write_text("{")
+    said = calotype("doctor", "--rebuild", "--json")
+    assert (said.code, said.json["error"]["path"]) == (10, f"{root}/vms/{VM_ID}/record.json")
+    assert calotype("show", "web").code == 10
+
+
+def test_doctor_names_each_damaged_file(calotype: Calotype, root: Path) -> None:
+    keep(root, make_record(), make_manifest(), make_manifest(id=OTHER))
+    for snapshot in (SNAPSHOT, OTHER):
+        (Store(root).snapshot_folder(VM_ID, snapshot) / "manifest.json").write_text("{")
+    said = calotype("doctor", "--rebuild")
+    assert said.code == 10
+    assert [snapshot in said.err for snapshot in (SNAPSHOT, OTHER)] == [True, True]
 
 
 def test_doctor_counts_what_it_found(calotype: Calotype, root: Path) -> None:

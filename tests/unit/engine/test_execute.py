@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from calotype.engine.execute import Effect, Effects, execute
+from calotype.engine.execute import execute
+from calotype.engine.world import Effect, Effects
 from calotype.errors import HostError, QemuError
 from calotype.plan.steps import Step
 
@@ -61,6 +62,35 @@ class World:
         return [word for word in self.said if not word.endswith("begins")]
 
 
+class Notebook:
+    """A journal in memory: an entry each, as a tuple of words."""
+
+    def __init__(self, failing: BaseException | None = None) -> None:
+        self.entries: list[tuple[object, ...]] = []
+        self.failing = failing
+
+    def note_doing(self, step: int) -> None:
+        self._note("doing", step)
+
+    def note_done(self, step: int, spent_ms: float) -> None:
+        assert spent_ms >= 0
+        self._note("done", step)
+
+    def note_undoing(self, error: str) -> None:
+        self._note("undoing", error)
+
+    def note_unfinished(self, reasons: tuple[str, ...]) -> None:
+        self._note("unfinished", *reasons)
+
+    def end(self, outcome: str, error: str = "") -> None:
+        self._note("end", outcome, error)
+
+    def _note(self, *words: object) -> None:
+        if self.failing is not None:
+            raise self.failing
+        self.entries.append(words)
+
+
 def name_of(step: Step) -> str:
     return type(step).__name__.lower()
 
@@ -73,12 +103,12 @@ EFFECTS: Effects = {
 
 async def test_steps_run_in_order_and_nothing_is_undone() -> None:
     world = World()
-    await execute(ALL, EFFECTS, world)
+    await execute(ALL, EFFECTS, world, Notebook())
     assert world.done() == ["do_one", "do_two", "do_three"]
 
 
 async def test_no_steps_are_no_error() -> None:
-    await execute((), EFFECTS, World())
+    await execute((), EFFECTS, World(), Notebook())
 
 
 async def test_each_phase_is_timed_and_repeated_ones_are_added_up() -> None:
@@ -88,7 +118,7 @@ async def test_each_phase_is_timed_and_repeated_ones_are_added_up() -> None:
         await asyncio.sleep(0.01)
 
     world.during["do_one"] = take_time
-    await execute((One(), Two(), One("again")), EFFECTS, world)
+    await execute((One(), Two(), One("again")), EFFECTS, world, Notebook())
     assert list(world.phases_ms) == ["One", "Two"]
     assert world.phases_ms["One"] >= 18.0
 
@@ -107,7 +137,7 @@ async def test_what_was_begun_is_undone_newest_first_the_half_done_step_too(
     error = QemuError("it broke")
     world = World(**{failing: error})
     with pytest.raises(QemuError) as caught:
-        await execute(ALL, EFFECTS, world)
+        await execute(ALL, EFFECTS, world, Notebook())
     assert caught.value is error
     assert [word for word in world.done() if word.startswith("undo")] == undone
     assert not hasattr(error, "__notes__")
@@ -116,7 +146,7 @@ async def test_what_was_begun_is_undone_newest_first_the_half_done_step_too(
 async def test_a_step_that_nothing_undoes_is_passed_over() -> None:
     world = World(do_two=QemuError("it broke"))
     with pytest.raises(QemuError):
-        await execute((One(), Final(), Two()), EFFECTS, world)
+        await execute((One(), Final(), Two()), EFFECTS, world, Notebook())
     assert world.done() == ["do_one", "do_final", "undo_two", "undo_one"]
 
 
@@ -129,7 +159,7 @@ async def test_a_step_is_undone_with_its_own_values() -> None:
     steps = (One("first"), One("second"), Two())
     world = World(do_two=QemuError("it broke"))
     with pytest.raises(QemuError):
-        await execute(steps, {**EFFECTS, One: Effect(World.apply, note)}, world)
+        await execute(steps, {**EFFECTS, One: Effect(World.apply, note)}, world, Notebook())
     assert reverted == [One("second"), One("first")]
 
 
@@ -137,7 +167,7 @@ async def test_the_first_error_is_the_error_and_failures_of_undoing_are_notes_on
     error = QemuError("it broke")
     world = World(do_three=error, undo_three=HostError("no space"), undo_one=RuntimeError("a bug"))
     with pytest.raises(QemuError) as caught:
-        await execute(ALL, EFFECTS, world)
+        await execute(ALL, EFFECTS, world, Notebook())
     assert caught.value is error
     assert error.__notes__ == ["undoing Three failed: no space", "undoing One failed: a bug"]
     assert "undo_two" in world.done()
@@ -147,7 +177,7 @@ async def test_the_first_error_is_the_error_and_failures_of_undoing_are_notes_on
 async def test_whatever_ends_the_work_it_is_undone(error: BaseException) -> None:
     world = World(do_two=error)
     with pytest.raises(type(error)) as caught:
-        await execute(ALL, EFFECTS, world)
+        await execute(ALL, EFFECTS, world, Notebook())
     assert caught.value is error
     assert world.done() == ["do_one", "undo_two", "undo_one"]
 
@@ -170,7 +200,7 @@ class Gate:
 async def test_a_cancelled_step_is_undone_and_stays_cancelled() -> None:
     world, gate = World(), Gate()
     world.during["do_two"] = gate
-    task = asyncio.create_task(execute(ALL, EFFECTS, world))
+    task = asyncio.create_task(execute(ALL, EFFECTS, world, Notebook()))
     await gate.reached.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -183,7 +213,7 @@ async def test_a_cancelled_step_is_undone_and_stays_cancelled() -> None:
 async def test_undoing_is_not_cut_off_by_being_cancelled_again(times: int) -> None:
     world, doing, undoing = World(), Gate(), Gate()
     world.during |= {"do_three": doing, "undo_two": undoing}
-    task = asyncio.create_task(execute(ALL, EFFECTS, world))
+    task = asyncio.create_task(execute(ALL, EFFECTS, world, Notebook()))
     await doing.reached.wait()
     task.cancel()
     await undoing.reached.wait()
@@ -201,7 +231,7 @@ async def test_undoing_after_a_failure_is_not_cut_off_either() -> None:
     error, undoing = QemuError("it broke"), Gate()
     world = World(do_three=error)
     world.during["undo_three"] = undoing
-    task = asyncio.create_task(execute(ALL, EFFECTS, world))
+    task = asyncio.create_task(execute(ALL, EFFECTS, world, Notebook()))
     await undoing.reached.wait()
     task.cancel()
     await asyncio.sleep(0.001)
@@ -215,7 +245,7 @@ async def test_undoing_after_a_failure_is_not_cut_off_either() -> None:
 async def test_failures_of_undoing_after_a_cancellation_are_notes_on_it() -> None:
     world, gate = World(undo_one=HostError("no space")), Gate()
     world.during["do_two"] = gate
-    task = asyncio.create_task(execute(ALL, EFFECTS, world))
+    task = asyncio.create_task(execute(ALL, EFFECTS, world, Notebook()))
     await gate.reached.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
@@ -226,5 +256,5 @@ async def test_failures_of_undoing_after_a_cancellation_are_notes_on_it() -> Non
 async def test_a_cancellation_raised_by_undoing_does_not_stop_the_rest() -> None:
     world = World(do_three=QemuError("it broke"), undo_three=asyncio.CancelledError())
     with pytest.raises(QemuError):
-        await execute(ALL, EFFECTS, world)
+        await execute(ALL, EFFECTS, world, Notebook())
     assert world.done()[-2:] == ["undo_two", "undo_one"]

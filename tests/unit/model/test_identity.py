@@ -69,3 +69,22 @@ def test_the_text_tells_both_values() -> None:
 def test_an_identity_travels_as_json() -> None:
     wire = msgspec.json.encode(RECORDED)
     assert msgspec.json.decode(wire, type=Identity) == RECORDED
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("mtime_ns", "it was written at 2026-10-06T06:46:13Z, last known 2023-11-14T22:13:20Z"),
+        ("ctime_ns", "was changed at 2026-10-06T06:46:13Z, last known 2023-11-14T22:13:20Z"),
+    ],
+)
+def test_a_time_is_told_as_people_read_it(field: str, text: str) -> None:
+    recorded = replace(RECORDED, ctime_ns=RECORDED.mtime_ns)
+    (found,) = differences(recorded, replace(recorded, **{field: 1_791_269_173_802_233_845}))
+    assert found.text.endswith(text)
+
+
+def test_two_times_of_one_second_are_told_apart() -> None:
+    (found,) = differences(RECORDED, replace(RECORDED, mtime_ns=1_700_000_000_000_000_007))
+    assert "2023-11-14T22:13:20.000000007Z, last" in found.text
+    assert found.text.endswith("2023-11-14T22:13:20.000000000Z")

@@ -25,7 +25,7 @@ from builders import (
     make_record,
     make_state,
 )
-from calotype.engine import operations
+from calotype.engine import finding
 from calotype.model import names
 from calotype.model.identity import Change as ImageChange
 from calotype.model.identity import Identity
@@ -35,7 +35,7 @@ from calotype.plan.restore import Found, Mismatch, RestorePlan, RestoreRequest, 
 from calotype.plan.steps import (
     ApplyInside,
     CheckTopology,
-    Commit,
+    CommitLeftBehind,
     CreateOverlay,
     DiscardImages,
     ExtractInside,
@@ -43,7 +43,7 @@ from calotype.plan.steps import (
     LetRun,
     LoadState,
     MakeSnapshotFolder,
-    RecordNow,
+    RecordRestored,
     StartQemu,
     Step,
 )
@@ -422,8 +422,8 @@ def test_the_steps_come_in_the_one_sound_order() -> None:
         LoadState,
         MakeSnapshotFolder,
         FreezeImages,
-        Commit,
-        RecordNow,
+        CommitLeftBehind,
+        RecordRestored,
         LetRun,
     ]
     assert kinds_of(mixed(RestoreRequest(discard_current=True))) == [
@@ -433,7 +433,7 @@ def test_the_steps_come_in_the_one_sound_order() -> None:
         StartQemu,
         CheckTopology,
         LoadState,
-        RecordNow,
+        RecordRestored,
         LetRun,
         DiscardImages,
     ]
@@ -484,7 +484,7 @@ def test_without_a_topology_the_machine_is_the_command_lines_own() -> None:
 
 def test_the_record_descends_from_the_snapshot_and_knows_the_way_back() -> None:
     plan = mixed()
-    step = only(plan, RecordNow)
+    step = only(plan, RecordRestored)
     assert (step.parent, step.parent_before) == (SNAPSHOT, OTHER)
     assert step.active == plan.active
     assert step.active_before[0] == overlay(0, OTHER)
@@ -494,7 +494,7 @@ def test_the_record_descends_from_the_snapshot_and_knows_the_way_back() -> None:
 def test_what_is_left_behind_is_kept_as_a_snapshot() -> None:
     plan = mixed()
     assert (plan.left_behind, plan.keeps_left_behind) == (LEFT, True)
-    assert only(plan, MakeSnapshotFolder).snapshot == only(plan, Commit).snapshot == LEFT
+    assert only(plan, MakeSnapshotFolder).snapshot == only(plan, CommitLeftBehind).snapshot == LEFT
     assert only(plan, FreezeImages).modes_before == {
         overlay(0, OTHER).path: 0o640, overlay(1, OTHER).path: 0o640,
     }  # fmt: skip
@@ -503,7 +503,7 @@ def test_what_is_left_behind_is_kept_as_a_snapshot() -> None:
 def test_what_is_not_wanted_is_neither_frozen_nor_kept() -> None:
     plan = mixed(RestoreRequest(discard_current=True))
     assert not plan.keeps_left_behind
-    assert not {MakeSnapshotFolder, FreezeImages, Commit} & set(kinds_of(plan))
+    assert not {MakeSnapshotFolder, FreezeImages, CommitLeftBehind} & set(kinds_of(plan))
     assert only(plan, DiscardImages) == DiscardImages(
         (overlay(0, OTHER).path, overlay(1, OTHER).path),
         ((Image(disk_path(2), "qcow2"), f"calotype-{LEFT}"),),
@@ -577,7 +577,7 @@ def test_the_image_that_holds_an_internal_snapshot_is_not_discarded(tmp_path: Pa
     for manifest in (first, second):
         store.make_snapshot_folder(record.id, manifest.id)
         store.commit(manifest)
-    found = operations._look_around(store, record, first, first.definition)
+    found = finding.find(store, record, first, first.definition)
     assert only(plan_of(first, record, DISCARD, found), DiscardImages).paths == ()
 
 
@@ -637,15 +637,15 @@ def test_whatever_is_there_nothing_is_lost_and_planning_never_raises(
     plan = plan_restore(manifest, record, found, request, LEFT)
     assert plan == plan_restore(manifest, record, found, request, LEFT)
     kinds = kinds_of(plan)
-    assert kinds.count(RecordNow) == 1
+    assert kinds.count(RecordRestored) == 1
     for first, then in (
         (StartQemu, LoadState),
         (CheckTopology, LoadState),
-        (LoadState, Commit),
-        (FreezeImages, Commit),
-        (Commit, RecordNow),
-        (RecordNow, LetRun),
-        (RecordNow, DiscardImages),
+        (LoadState, CommitLeftBehind),
+        (FreezeImages, CommitLeftBehind),
+        (CommitLeftBehind, RecordRestored),
+        (RecordRestored, LetRun),
+        (RecordRestored, DiscardImages),
         (LetRun, DiscardImages),
     ):
         assert first not in kinds or then not in kinds or kinds.index(first) < kinds.index(then)

@@ -39,7 +39,8 @@ from calotype.plan.steps import (
     OpenOverlay,
     OpenState,
     PassInstant,
-    RecordNow,
+    PutBackMigration,
+    RecordAhead,
     SetMigration,
     SnapshotInside,
     Step,
@@ -177,7 +178,7 @@ INDEPENDENT: dict[str, tuple[Change, str, str]] = {
     "run state": (
         seen(run_state="internal-error"),
         "run state 'internal-error'",
-        "wait until it runs",
+        "let it run first",
     ),
     "plugged in": (
         of_topology(devices=("d0=virtio-blk-pci", "u=usb-tablet")),
@@ -258,7 +259,7 @@ ALONE: dict[str, tuple[Change, str, str]] = {
     "every disk skipped": (
         asked(dict.fromkeys(["disk0", "disk1", "disk2", "disk3"], "skip")),
         "every disk is skipped",
-        "cannot be used",
+        "name at least one disk external or internal",
     ),
     "the pause would be too long": (
         asked(method="paused", pause_limit_ms=100.0),
@@ -268,13 +269,10 @@ ALONE: dict[str, tuple[Change, str, str]] = {
     "old and paused, live": (
         both(of_migration(capabilities=OLD), seen(run_state="paused")),
         "would let the paused guest run",
-        "let it run first, or accept a long pause with --method paused",
+        "let it run first",
     ),
-    "old and paused, paused": (
-        both(of_migration(capabilities=OLD), seen(run_state="paused"), asked(method="paused")),
-        "cannot give a paused VM its images back",
-        "QEMU 10 or newer",
-    ),
+    "never let run": (seen(run_state="prelaunch"), "run state 'prelaunch'", "let it run first"),
+    "saved by another": (seen(run_state="postmigrate"), "'postmigrate'", "let it run first"),
 }
 
 
@@ -332,9 +330,20 @@ def pattern_of(word: ast.expr) -> str:
     )
 
 
-@pytest.mark.parametrize("state", ["running", "paused", "prelaunch", "postmigrate"])
+@pytest.mark.parametrize("state", ["running", "paused"])
 def test_a_snapshot_can_be_taken_of_a_vm_that_runs_or_stands_still(state: str) -> None:
     assert plan_of(make_facts(run_state=state)).blockers == ()
+
+
+@pytest.mark.parametrize("state", ["prelaunch", "postmigrate"])
+def test_disks_alone_can_be_taken_in_any_run_state(state: str) -> None:
+    request = TakeRequest(machine_state="none")
+    assert plan_of(make_facts(run_state=state), request).blockers == ()
+
+
+def test_a_vm_that_stands_still_is_saved_live_though_a_pause_was_allowed() -> None:
+    request = TakeRequest(method="paused")
+    assert plan_of(make_facts(run_state="paused"), request).method == "live"
 
 
 @pytest.mark.parametrize("status", ["active", "setup", "device", "cancelling"])
@@ -432,6 +441,19 @@ def test_what_a_user_may_regret_is_warned_of(change: Change, words: str) -> None
 def test_disks_alone_of_a_vm_that_stands_still_are_no_power_failure() -> None:
     case = both(asked(machine_state="none"), seen(run_state="paused"))(sound_case())
     assert case.plan().warnings == ()
+
+
+@pytest.mark.parametrize(("kind", "count"), [("external", 1), ("internal", 0), ("skip", 0)])
+def test_an_image_that_root_could_still_write_to_is_warned_of(
+    kind: StorageKind, count: int
+) -> None:
+    facts = make_facts([make_disk(may_be_immutable=False), make_disk(1)])
+    record = make_record([make_disk_record(), make_disk_record(1)])
+    plan = plan_take(facts, record, TakeRequest(disks={"disk0": kind}), SNAPSHOT)
+    warned = [warning for warning in plan.warnings if "immutable" in warning]
+    assert len(warned) == count
+    assert all(facts.disks[0].image.path in warning for warning in warned)
+    assert plan.blockers == ()
 
 
 def test_a_quick_internal_snapshot_is_not_warned_of() -> None:
@@ -544,13 +566,13 @@ def test_the_steps_come_in_the_one_sound_order() -> None:
         CreateOverlay,
         OpenOverlay,
         OpenOverlay,
-        RecordNow,
+        RecordAhead,
         OpenState,
         SetMigration,
         FlushImages,
         PassInstant,
         AwaitSave,
-        SetMigration,
+        PutBackMigration,
         CloseState,
         FreezeImages,
         Commit,
@@ -560,19 +582,21 @@ def test_the_steps_come_in_the_one_sound_order() -> None:
 def test_disks_alone_need_no_step_for_a_machine_state() -> None:
     kinds = set(kinds_of(mixed_plan(machine_state="none")))
     assert not kinds & {OpenState, SetMigration, AwaitSave, CloseState}
-    assert {RecordNow, PassInstant, FreezeImages, Commit} <= kinds
+    assert {RecordAhead, PassInstant, FreezeImages, Commit} <= kinds
 
 
 ORDER: list[tuple[type[Step], type[Step], str]] = [
     (MakeSnapshotFolder, OpenState, "the state's file goes into the folder"),
     (CreateOverlay, OpenOverlay, "what is opened is there"),
     (OpenOverlay, PassInstant, "nothing is opened while the guest stands still"),
-    (RecordNow, OpenState, "undoing removes the state first, which makes room for the record"),
+    (RecordAhead, OpenState, "undoing removes the state first, which makes room for the record"),
     (OpenState, PassInstant, "no file is created while the guest stands still"),
-    (RecordNow, PassInstant, "a crash after the switch finds the overlays recorded"),
-    (RecordNow, FlushImages, "flushing is the last thing before the pause"),
+    (RecordAhead, PassInstant, "a crash after the switch finds the overlays recorded"),
+    (RecordAhead, FlushImages, "flushing is the last thing before the pause"),
     (FlushImages, PassInstant, "or `stop` would flush in the pause"),
     (PassInstant, AwaitSave, "the save begins in the instant"),
+    (SetMigration, PassInstant, "the save is made with our settings"),
+    (AwaitSave, PutBackMigration, "settings are not changed under a save"),
     (AwaitSave, CloseState, "a digest is of the whole file"),
     (AwaitSave, FreezeImages, "what can still be undone is not immutable yet"),
     (FreezeImages, Commit, "a ctime is recorded after the freeze moved it"),
@@ -593,10 +617,7 @@ def test_whatever_is_planned_the_order_is_sound(data: st.DataObject) -> None:
     assert kinds[0] is MakeSnapshotFolder
     assert kinds[-1] is Commit
     assert kinds[kinds.index(PassInstant) - 1] is FlushImages
-    assert kinds.count(SetMigration) in (0, 2)
-    if SetMigration in kinds:
-        set_at, put_back_at = (at for at, kind in enumerate(kinds) if kind is SetMigration)
-        assert set_at < kinds.index(PassInstant) < kinds.index(AwaitSave) < put_back_at
+    assert kinds.count(SetMigration) == kinds.count(PutBackMigration) <= 1
 
 
 def test_only_external_disks_get_overlays() -> None:
@@ -657,7 +678,7 @@ def test_the_record_names_old_and_new_images_and_parents() -> None:
     facts = make_facts([make_disk(0), make_disk(1)])
     record = make_record([make_disk_record(0), make_disk_record(1)], parent=OTHER)
     plan = plan_take(facts, record, TakeRequest(disks={"disk1": "internal"}), SNAPSHOT)
-    step = only(plan, RecordNow)
+    step = only(plan, RecordAhead)
     assert step.active_before == {disk.index: disk.active for disk in record.disks}
     assert step.active == {
         0: Image(f"/vm/disk0.qcow2.{SNAPSHOT}.qcow2", "qcow2"),
@@ -712,19 +733,19 @@ def test_a_qemu_without_mapped_ram_takes_the_file_by_name() -> None:
     ("change", "was_running", "limit_ms"),
     [
         (asked(pause_limit_ms=70.0), True, 70.0),
-        (both(asked(pause_limit_ms=70.0), seen(run_state="paused")), False, None),
+        (both(asked(pause_limit_ms=70.0), seen(run_state="paused")), False, 70.0),
     ],
 )
 def test_the_instant_knows_the_run_state_the_limit_and_the_graph(
-    change: Change, was_running: bool, limit_ms: float | None
+    change: Change, was_running: bool, limit_ms: float
 ) -> None:
     step = only(change(sound_case()).plan(), PassInstant)
     assert (step.was_running, step.limit_ms) == (was_running, limit_ms)
     assert step.graph_digest == "graph"
 
 
-def settings_of(plan: TakePlan) -> list[SetMigration]:
-    return [step for step in plan.steps if isinstance(step, SetMigration)]
+def settings_of(plan: TakePlan) -> tuple[SetMigration, PutBackMigration]:
+    return only(plan, SetMigration), only(plan, PutBackMigration)
 
 
 def test_capabilities_that_another_has_set_are_turned_off_and_put_back() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from calotype.errors import HostError, StoreError
+from calotype.errors import CommandLineError, HostError, StoreError
 from calotype.store import images
 from calotype.store.images import (
     Frozen,
@@ -23,8 +23,11 @@ from calotype.store.images import (
     free_bytes,
     freeze,
     identify,
+    may_be_immutable,
     probe_format,
+    protection,
     read_metadata,
+    require_disk,
     sync_data,
     thaw,
 )
@@ -321,3 +324,63 @@ def test_no_descriptor_is_left_open(image: Path) -> None:
     for read in READERS:
         read(image)
     assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+# --- what can be a disk, and how it is protected --------------------------------------------------
+
+
+def test_a_device_a_pipe_and_a_folder_are_no_disks(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path, word in (
+        (Path("/dev/null"), "a character device"),
+        (tmp_path / "link", "a character device"),
+        (tmp_path / "pipe", "a FIFO"),
+        (tmp_path, "a folder"),
+    ):
+        with pytest.raises(CommandLineError, match=word) as caught:
+            require_disk(path)
+        assert caught.value.data == {"path": str(path)}
+        assert caught.value.remedy
+
+
+def test_a_file_can_be_a_disk_without_being_opened(image: Path) -> None:
+    image.chmod(0)
+    require_disk(image)
+
+
+def test_a_disk_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HostError):
+        require_disk(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("flags", "capabilities", "expected"),
+    [(0, "200", True), (0, "1ff", False), (0, "0", False), (None, "3ff", False)],
+)
+def test_an_image_may_be_made_immutable_where_file_system_and_user_can(
+    image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: int | None,
+    capabilities: str,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(images, "_flags", lambda _: flags)
+    monkeypatch.setattr(Path, "read_text", lambda _: f"Name:\tx\nCapEff:\t{capabilities}\n")
+    assert may_be_immutable(image) is expected
+
+
+def test_that_an_image_may_be_made_immutable_is_no_empty_promise(image: Path) -> None:
+    expected = may_be_immutable(image)
+    frozen = freeze(image)
+    try:
+        assert frozen.immutable is expected
+        assert protection(image) == ("immutable" if expected else "read-only")
+    finally:
+        thaw(image, frozen)
+    assert protection(image) == "writable"
+
+
+def test_the_protection_of_what_cannot_be_looked_at_is_told_too(tmp_path: Path) -> None:
+    assert protection(tmp_path / "absent") == "missing"
+    assert protection(tmp_path) == "unknown"

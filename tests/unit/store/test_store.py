@@ -19,6 +19,7 @@ from builders import OTHER, SNAPSHOT, VM_ID, make_manifest, make_record
 from calotype.cli.main import main
 from calotype.errors import ConflictError, HostError, NotFoundError, StoreError
 from calotype.model.vm import Process, VmRecord
+from calotype.qemu.process import start_ticks
 from calotype.store.store import Store
 
 SECOND_VM = "00000000000000a1"
@@ -138,7 +139,7 @@ def test_everything_is_for_its_owner_alone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         store = filled(root)
-        with store.locked(store.find("web")):
+        with store.locked(store.find("web"), "take"):
             pass
     finally:
         os.umask(before)
@@ -371,6 +372,143 @@ def test_snapshots_can_be_kept_while_others_look(tmp_path: Path) -> None:
     assert len(Store(tmp_path).index.snapshots(VM_ID)) == 100
 
 
+# --- an index that cannot be used -----------------------------------------------------------------
+
+Connect = Callable[..., sqlite3.Connection]
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
+    """Let SQLite find no room for another page from now on."""
+
+    def fill() -> None:
+        connect: Connect = sqlite3.connect
+
+        def connected(path: object, **settings: Any) -> sqlite3.Connection:
+            database = connect(path, **settings)
+            if path != ":memory:":
+                database.execute("PRAGMA max_page_count = 1")
+            return database
+
+        monkeypatch.setattr(sqlite3, "connect", connected)
+
+    return fill
+
+
+def many_snapshots(root: Path) -> Store:
+    """Enough of them that one more needs a page of its own."""
+    store = filled(root)
+    for number in range(30):
+        take(store, f"{number:016x}", description="x" * 2000)
+    return store
+
+
+def test_a_full_disk_is_no_damage(tmp_path: Path, full_disk: Callable[[], object]) -> None:
+    store = many_snapshots(tmp_path)
+    before = (tmp_path / "index.sqlite").stat()
+    full_disk()
+    with pytest.raises(HostError, match="full") as caught:
+        store.index.put_snapshot(make_manifest(id="f" * 16, description="y" * 90_000))
+    assert "free some space" in caught.value.remedy
+    assert (tmp_path / "index.sqlite").stat().st_ino == before.st_ino
+    assert len(Store(tmp_path).index.snapshots(VM_ID)) == 32
+
+
+def test_an_index_that_cannot_be_brought_up_to_date_is_read_from_memory(
+    tmp_path: Path, full_disk: Callable[[], object]
+) -> None:
+    store = many_snapshots(tmp_path)
+    entries = store.index.snapshots(VM_ID)
+    database = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)
+    for statement in ("DELETE FROM snapshots", "DELETE FROM vms", "VACUUM"):
+        database.execute(statement)
+    database.close()
+    before = (tmp_path / "index.sqlite").read_bytes()
+    full_disk()
+    store = Store(tmp_path)
+    assert store.index.snapshots(VM_ID) == entries
+    assert store.find("web").id == VM_ID
+    assert (tmp_path / "index.sqlite").read_bytes() == before
+    with pytest.raises(HostError, match="full"):
+        store.save(make_record())
+
+
+def in_the_way(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def without_room(path: Path) -> None:
+    """A name that is there, and that nothing can be written to."""
+    path.unlink()
+    path.symlink_to("/dev/full")
+
+
+def to_nowhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/nosuch/folder/index")
+
+
+UNUSABLE: dict[str, Callable[[Path], object]] = {
+    "a folder in its place": in_the_way,
+    "a disk that is full": without_room,
+    "a link to nowhere": to_nowhere,
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_who_only_reads_needs_no_index_file(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes], name: str
+) -> None:
+    filled(tmp_path)
+    before = listed(tmp_path, capfdbinary)
+    UNUSABLE[name](tmp_path / "index.sqlite")
+    assert listed(tmp_path, capfdbinary) == before
+    store = Store(tmp_path)
+    changes: list[Callable[[], object]] = [
+        lambda: store.save(make_record()),
+        lambda: store.index.put_snapshot(make_manifest()),
+        lambda: store.index.remove_vm(VM_ID),
+    ]
+    for change in changes:
+        with pytest.raises(HostError) as caught:
+            change()
+        assert caught.value.remedy
+        assert caught.value.data["path"] == str(tmp_path / "index.sqlite")
+    assert store.rebuild_index() == 3
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--rebuild", "--store", str(tmp_path)])
+    assert ended.value.code == 9
+
+
+def test_an_index_that_others_hold_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(tmp_path)
+    connect: Connect = sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda path, **settings: connect(path, **{**settings, "timeout": 0.01})
+    )
+    holder = connect(tmp_path / "index.sqlite", isolation_level=None)
+    try:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(HostError, match="locked") as caught:
+            store.save(make_record())
+        assert "wait" in caught.value.remedy
+        assert len(Store(tmp_path).records()) == 2
+    finally:
+        holder.close()
+    assert (tmp_path / "index.sqlite").stat().st_size > 0
+
+
+def test_damage_that_is_found_late_is_told_with_its_cure(tmp_path: Path) -> None:
+    store = many_snapshots(tmp_path)
+    damage_inside(tmp_path / "index.sqlite")
+    with pytest.raises(StoreError) as caught:
+        store.index.snapshots(VM_ID)
+    assert "doctor --rebuild" in caught.value.remedy
+
+
 # --- files that are not what they should be -------------------------------------------------------
 
 NOT_JSON = b"{"
@@ -384,11 +522,9 @@ NOT_TEXT = b"\xff\xfe\x00"
     [
         ("record.json", lambda store: store.find("web")),
         ("record.json", lambda store: store.records()),
-        ("record.json", lambda store: store.rebuild_index()),
         ("process.json", lambda store: store.process(VM_ID)),
         (f"snapshots/{SNAPSHOT}/manifest.json", lambda store: store.manifest(VM_ID, SNAPSHOT)),
         (f"snapshots/{SNAPSHOT}/manifest.json", lambda store: store.manifests(VM_ID)),
-        (f"snapshots/{SNAPSHOT}/manifest.json", lambda store: store.rebuild_index()),
     ],
 )
 def test_a_file_that_is_not_what_it_should_be_is_named(
@@ -401,6 +537,32 @@ def test_a_file_that_is_not_what_it_should_be_is_named(
         read(store)
     assert caught.value.data == {"path": str(path)}
     assert str(path) in caught.value.problem
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("content", [b"", NOT_JSON, WRONG_TYPE, NOT_TEXT, b"null"])
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_a_damaged_file_is_in_the_way_of_nothing_else(
+    tmp_path: Path, content: bytes, is_indexed: bool
+) -> None:
+    store = filled(tmp_path)
+    spoiled = store.snapshot_folder(VM_ID, SNAPSHOT) / "manifest.json"
+    spoiled.write_bytes(content)
+    record = store.folder(SECOND_VM) / "record.json"
+    record.write_bytes(content)
+    if not is_indexed:
+        (tmp_path / "index.sqlite").unlink()
+    store = Store(tmp_path)
+    assert [each.data["path"] for each in store.damage] == (
+        [] if is_indexed else [str(record), str(spoiled)]
+    )
+    manifests, damage = store.sound_manifests(VM_ID)
+    assert [manifest.id for manifest in manifests] == [OTHER]
+    assert [error.data["path"] for error in damage] == [str(spoiled)]
+    records, damage = store.sound_records()
+    assert [record.name for record in records] == ["web"]
+    assert [error.data["path"] for error in damage] == ([str(record)] if is_indexed else [])
+    assert store.find("web").id == VM_ID
 
 
 def test_a_manifest_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -416,7 +578,8 @@ def test_a_spoiled_manifest_does_not_hide_the_list(
     store = filled(tmp_path)
     before = listed(tmp_path, capfdbinary)
     (store.snapshot_folder(VM_ID, SNAPSHOT) / "manifest.json").write_bytes(NOT_JSON)
-    assert listed(tmp_path, capfdbinary) == before
+    told, before = (msgspec.json.decode(each) for each in (listed(tmp_path, capfdbinary), before))
+    assert (told["vms"], len(told["damaged"])) == (before["vms"], 1)
 
 
 def test_members_that_a_later_version_adds_do_no_harm(tmp_path: Path) -> None:
@@ -434,7 +597,7 @@ import sys, time
 from pathlib import Path
 from calotype.store.store import Store
 store = Store(Path(sys.argv[1]))
-with store.locked(store.find("web")):
+with store.locked(store.find("web"), "take"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -450,29 +613,33 @@ def test_a_second_holder_is_refused_and_told_who_is_first_until_that_one_dies(
         assert holder.stdout is not None
         try:
             assert holder.stdout.readline() == b"held\n"
-            with pytest.raises(ConflictError) as caught, store.locked(record):
+            with pytest.raises(ConflictError) as caught, store.locked(record, "take"):
                 pytest.fail("two hold one lock")
         finally:
             holder.send_signal(signal.SIGKILL)
     assert caught.value.data == {"holder": str(holder.pid)}
     assert f"process {holder.pid} is changing the VM 'web'" in caught.value.problem
-    with store.locked(record):
+    with store.locked(record, "take"):
         pass
 
 
 def test_a_lock_is_let_go_of_by_an_error_too(tmp_path: Path) -> None:
     store = filled(tmp_path)
     record = store.find("web")
-    with pytest.raises(ValueError, match="inside"), store.locked(record):
+    with pytest.raises(ValueError, match="inside"), store.locked(record, "take"):
         raise ValueError("inside")
-    with store.locked(record), pytest.raises(ConflictError) as caught, store.locked(record):
+    with (
+        store.locked(record, "take"),
+        pytest.raises(ConflictError) as caught,
+        store.locked(record, "take"),
+    ):
         pytest.fail("two hold one lock")
     assert caught.value.data == {"holder": str(os.getpid())}
 
 
 def test_each_vm_has_a_lock_of_its_own(tmp_path: Path) -> None:
     store = filled(tmp_path)
-    with store.locked(store.find("web")), store.locked(store.find("it's mail")):
+    with store.locked(store.find("web"), "take"), store.locked(store.find("it's mail"), "take"):
         pass
 
 
@@ -481,7 +648,7 @@ def test_a_holder_that_has_not_said_who_it_is_is_unknown(tmp_path: Path) -> None
     record = store.find("web")
     with (store.folder(VM_ID) / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConflictError, match="process unknown"), store.locked(record):
+        with pytest.raises(ConflictError, match="process unknown"), store.locked(record, "take"):
             pytest.fail("two hold one lock")
 
 
@@ -489,5 +656,7 @@ def test_a_lock_names_its_present_holder_and_not_those_before(tmp_path: Path) ->
     store = filled(tmp_path)
     record = store.find("web")
     (store.folder(VM_ID) / "lock").write_text("123456789\n")
-    with store.locked(record):
-        assert (store.folder(VM_ID) / "lock").read_text() == f"{os.getpid()}\n"
+    with store.locked(record, "take"):
+        told = (store.folder(VM_ID) / "lock").read_text()
+    ticks = start_ticks(os.getpid())
+    assert told == f"{os.getpid()} take (start time {ticks})\n"

@@ -1,8 +1,8 @@
 """The command line with which QEMU runs under supervision, without a terminal.
 
-Calotype adds two monitors of its own, one to act and one to look, and a console, all of them on
-listening sockets that QEMU inherits: `server=on,wait=off`, so that anyone may come and go. All
-that is added stands at the end; the user's words stay in their order.
+Calotype adds three monitors of its own (to act, to look, and to end a pause whose owner died) and a
+console, all of them on listening sockets that QEMU inherits: `server=on,wait=off`, so that anyone
+may come and go. All that is added stands at the end; the user's words stay in their order.
 
 **The console** is what the user would have seen in the terminal. QEMU lets one thing use it: a
 -serial stdio, or a -chardev of type stdio, or by default the first serial port, if there is one.
@@ -28,6 +28,7 @@ from calotype.model.names import OURS
 
 CONTROL = f"{OURS}control"
 QUERY = f"{OURS}query"
+GUARD = f"{OURS}guard"
 CONSOLE = f"{OURS}console"
 
 _TERMINAL_OPTIONS = frozenset(
@@ -48,6 +49,7 @@ class Endpoints:
 
     control_fd: int
     query_fd: int
+    guard_fd: int
     console_fd: int
     console_log: str
     """A path; QEMU appends to it."""
@@ -135,4 +137,6 @@ def _monitors(endpoints: Endpoints) -> tuple[Argument, ...]:
         Argument("mon", f"chardev={CONTROL},mode=control"),
         _socket(QUERY, endpoints.query_fd),
         Argument("mon", f"chardev={QUERY},mode=control"),
+        _socket(GUARD, endpoints.guard_fd),
+        Argument("mon", f"chardev={GUARD},mode=control"),
     )

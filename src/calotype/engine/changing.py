@@ -1,0 +1,109 @@
+"""Changing a VM: alone, after what was cut off earlier is brought to an end, and journalled.
+
+Every command that changes a VM goes through `changing`, so that it finds neither a half-done
+operation nor somebody else's hand; and every operation goes through `carry_out`, so that whoever
+comes next finds what it was about.
+"""
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import cast
+
+from calotype.engine.effects import EFFECTS
+from calotype.engine.execute import execute, shielded
+from calotype.engine.progress import Progress, silent
+from calotype.engine.recover import recover
+from calotype.engine.world import World
+from calotype.errors import CalotypeError, ConflictError, HostError
+from calotype.model.vm import VmRecord
+from calotype.plan.recovery import OperationKind, point_of_no_return
+from calotype.plan.steps import AnyStep, CreateOverlay, ExtractInside, Step
+from calotype.qemu import process
+from calotype.store.journal import Began, Journal
+from calotype.store.store import Store
+
+
+@contextlib.asynccontextmanager
+async def changing(
+    store: Store, name: str, word: str, *, whole: bool = True, progress: Progress = silent
+) -> AsyncIterator[VmRecord]:
+    """Be the only one who changes a VM; what was cut off earlier is finished or undone first.
+
+    Args:
+        store: Where it is kept.
+        name: The VM.
+        word: What is about to be done to it, for whoever is refused meanwhile.
+        whole: Refuse if something cannot be brought to an end now; starting and stopping can be
+            done nevertheless.
+        progress: Told how far it is.
+
+    Yields:
+        The VM's record, as it is by then.
+
+    Raises:
+        NotFoundError: There is no such VM.
+        ConflictError: Somebody else is at it, or something could not be brought to an end.
+    """
+    record = store.find(name)
+    with store.locked(record, word):
+        try:
+            await shielded(recover(store, record, progress))
+        except CalotypeError as error:
+            if whole:
+                raise _unfinished(record, error) from error
+        yield store.record(record.id)
+
+
+def _unfinished(record: VmRecord, error: CalotypeError) -> ConflictError:
+    return ConflictError(
+        f"an earlier operation on {record.name!r} is not over yet: {error.problem}",
+        error.remedy or "`calotype recover` tries again",
+        cause=error.family,
+    )
+
+
+def _refuse_what_exists(steps: Sequence[Step]) -> None:
+    """Refuse to begin where a new image would go is something already: undoing would remove it.
+
+    Raises:
+        HostError: Something is there.
+    """
+    overlays = [step.overlay for step in steps if isinstance(step, CreateOverlay)]
+    copies = [step.copy for step in steps if isinstance(step, ExtractInside)]
+    for path in overlays + copies:
+        if os.path.lexists(path):
+            raise HostError(f"{path} exists already", "it is none of ours: move it away", path=path)
+
+
+async def carry_out(
+    world: World,
+    operation: OperationKind,
+    operation_id: str,
+    snapshot: str,
+    steps: Sequence[Step],
+) -> None:
+    """Journal an operation, and run its steps.
+
+    Args:
+        world: What the steps act on.
+        operation: What it is.
+        operation_id: Its own id.
+        snapshot: The snapshot that it is about; "" for none.
+        steps: What to do.
+    """
+    _refuse_what_exists(steps)
+    began = Began(
+        operation=operation,
+        id=operation_id,
+        snapshot=snapshot,
+        at=datetime.now(UTC).isoformat(),
+        owner=process.this(),
+        qemu=world.began_with,
+        record=world.record,
+        steps=cast("tuple[AnyStep, ...]", tuple(steps)),
+    )
+    journal = Journal.begin(world.store.folder(world.record.id), began)
+    no_return = point_of_no_return(operation, tuple(steps))
+    await execute(steps, EFFECTS, world, journal, no_return)

@@ -1,0 +1,121 @@
+"""Defining a VM: which disks a command line names, and which images hold their newest content.
+
+A disk is known by the image that the user's command line names, its *origin*. The record keeps
+every disk that the VM ever had: one that a later command line leaves out is set aside with its
+newest image, and comes back with it. Nobody may write to an image that something else stands on:
+another VM, or a snapshot of any.
+"""
+
+import secrets
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+from msgspec.structs import replace
+
+from calotype.errors import ConflictError, RequestError
+from calotype.formats import argv as command_line
+from calotype.formats.argv import CommandLine, DiskArgument
+from calotype.model import names
+from calotype.model.identity import Format
+from calotype.model.vm import DiskRecord, Image, VmRecord
+from calotype.store import images
+from calotype.store.store import Store
+
+
+def define_new(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> bool:
+    """Define the VM *name* if there is none; whether there was none.
+
+    Raises:
+        CommandLineError: The command line holds something that cannot be stood for.
+        ConflictError: An image belongs to something else.
+        HostError: An image is missing.
+        RequestError: That cannot be a name.
+    """
+    if not name or not name.isprintable() or name.startswith("-"):
+        raise RequestError(f"{name!r} cannot name a VM", "use printable characters, no '-' first")
+    command = CommandLine.parse(argv)
+    with store.naming():
+        if store.index.vm_named(name) is not None:
+            return False
+        record = VmRecord(
+            id=secrets.token_hex(names.ID_LENGTH // 2),
+            name=name,
+            argv=argv,
+            cwd=cwd,
+            disks=tuple(_disks(_in_use(store, ""), {}, command, cwd)),
+            created=datetime.now(UTC).isoformat(),
+        )
+        store.make_vm_folder(record.id)
+        store.save(record)
+    return True
+
+
+def define_again(store: Store, record: VmRecord, argv: tuple[str, ...], cwd: str) -> VmRecord:
+    """The record of a VM with another command line; it is not kept yet.
+
+    Raises:
+        CommandLineError: As `define_new`, and so the others.
+        ConflictError: ...
+        HostError: ...
+    """
+    command = CommandLine.parse(argv)
+    known = {disk.origin.path: disk for disk in record.disks + record.set_aside}
+    with store.naming():
+        disks = tuple(_disks(_in_use(store, record.id), known, command, cwd))
+    named = {disk.origin.path for disk in disks}
+    set_aside = tuple(disk for path, disk in known.items() if path not in named)
+    return replace(record, argv=argv, cwd=cwd, disks=disks, topology=None, set_aside=set_aside)
+
+
+def _disks(
+    in_use: dict[str, str], known: dict[str, DiskRecord], command: CommandLine, cwd: str
+) -> Iterator[DiskRecord]:
+    """The writable disks of a command line, on the images with their newest content."""
+    for disk in command_line.disks(command, cwd):
+        if disk.read_only:
+            continue
+        path = str(Path(disk.path).resolve())
+        images.require_disk(Path(path))
+        if path in in_use and path not in known:
+            raise ConflictError(
+                f"{path} cannot be written to: {in_use[path]}",
+                "give each VM images of its own, or an overlay over that one",
+                path=path,
+            )
+        origin = Image(path, _format(disk, path, known))
+        active = known[path].active if path in known else origin
+        yield DiskRecord(disk.index, disk.name, origin, active)
+
+
+def _format(disk: DiskArgument, path: str, known: dict[str, DiskRecord]) -> Format:
+    """The format that the user gave; else the one found when the disk was first seen."""
+    if disk.format:
+        return cast("Format", disk.format)
+    return known[path].origin.format if path in known else images.probe_format(Path(path))
+
+
+def _in_use(store: Store, own_id: str) -> dict[str, str]:
+    """Each image that a VM would damage by writing to it, with words that say what stands on it.
+
+    The newest image of a forgotten VM is free to take: nothing stands on it any more.
+    """
+    taken: dict[str, str] = {}
+    for record in store.forgotten():
+        for disk in record.disks + record.set_aside:
+            if disk.active != disk.origin:
+                newest = f"its newest content is in {disk.active.path}"
+                taken[disk.origin.path] = f"it was of the forgotten VM {record.name!r}; {newest}"
+    for record in store.records():
+        for manifest in store.sound_manifests(record.id)[0]:
+            for part in manifest.storage:
+                for layer in part.layers:
+                    words = f"the snapshot {manifest.id} of {record.name!r} stands on it"
+                    taken[layer.path] = words
+        if record.id != own_id:
+            for disk in record.disks + record.set_aside:
+                newest = f"its newest content is in {disk.active.path}"
+                taken[disk.origin.path] = f"it belongs to the VM {record.name!r}; {newest}"
+                taken[disk.active.path] = f"it belongs to the VM {record.name!r}"
+    return taken

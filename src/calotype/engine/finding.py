@@ -1,0 +1,72 @@
+"""What is there before a restore: read for the preflight, which compares it; nothing is changed.
+
+Only identities and tables are read, no contents. What cannot be read as what it was recorded as is
+found all the same: that it is another thing now is for the preflight to say.
+"""
+
+from pathlib import Path
+
+from calotype.errors import CalotypeError
+from calotype.model.identity import Format, Identity
+from calotype.model.snapshot import Manifest
+from calotype.model.vm import VmRecord
+from calotype.plan.restore import Definition, Found
+from calotype.store import images
+from calotype.store.store import Store
+
+
+def find(store: Store, record: VmRecord, manifest: Manifest, definition: Definition) -> Found:
+    """Look at all that a restore of *manifest* stands on."""
+    layers = [layer for part in manifest.storage for layer in part.layers]
+    layers += [disk.image for disk in manifest.read_only if disk.image is not None]
+    sightings = {layer.path: identify(Path(layer.path), layer.format) for layer in layers}
+    state = manifest.machine_state
+    state_path = store.snapshot_folder(record.id, manifest.id) / (state.file if state else "")
+    active = [disk.active.path for disk in record.disks]
+    return Found(
+        definition=definition,
+        identities={path: sight for path, sight in sightings.items() if sight is not None},
+        internal=_internal(manifest),
+        state=identify(state_path, "raw") if state else None,
+        modes={path: images.mode(Path(path)) for path in active if Path(path).exists()},
+        kept_paths=frozenset(_kept_paths(store, record)),
+    )
+
+
+def identify(path: Path, format_: Format) -> Identity | None:
+    """Who a file is; one that is no sound qcow2 any more is told as the raw file that it is."""
+    if not path.exists():
+        return None
+    try:
+        return images.identify(path, format_)
+    except CalotypeError:
+        return images.identify(path, "raw")
+
+
+def _internal(manifest: Manifest) -> dict[tuple[str, str], str]:
+    """The digest of each internal snapshot in the images that hold parts."""
+    holders = {
+        part.image.path
+        for part in manifest.storage
+        if part.kind == "internal" and part.image is not None
+    }
+    found = {}
+    for holder in map(Path, sorted(holders)):
+        sight = identify(holder, "qcow2")
+        if sight is not None and sight.format == "qcow2":
+            for entry in images.read_metadata(holder).snapshots:
+                found[str(holder), entry.name] = entry.digest
+    return found
+
+
+def _kept_paths(store: Store, record: VmRecord) -> set[str]:
+    """Every image that a snapshot of this VM stands on."""
+    kept = set()
+    manifests, damage = store.sound_manifests(record.id)
+    if damage:  # nobody knows what a damaged one stands on: all that the VM is on is kept
+        kept |= {disk.active.path for disk in record.disks}
+    for manifest in manifests:
+        for part in manifest.storage:
+            kept |= {layer.path for layer in part.layers}
+            kept |= {part.image.path} if part.image is not None else set()
+    return kept

@@ -1,0 +1,103 @@
+"""Plan to recover from an operation that was cut off: finish it, or undo it.
+
+Every operation has a *point of no return*. Before it, what was begun is undone, newest first; from
+it on, what is left is done. It lies where going back would lose something or where the result
+already exists:
+
+=========  =====================================================================================
+operation  point of no return
+=========  =====================================================================================
+take       the manifest is there: the snapshot exists
+restore    the guest was let run; or the record names the new images and QEMU holds the loaded state
+start      the guest was let run
+delete     the first manifest is gone
+=========  =====================================================================================
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from msgspec import Struct
+
+from calotype.plan.steps import AnyStep, Commit, LetRun, RecordRestored, StartQemu, Step
+
+OperationKind = Literal["take", "restore", "start", "delete"]
+
+
+class Sight(Struct, frozen=True):
+    """What is found of an operation that was cut off."""
+
+    begun: int
+    """How many of its steps were begun; the last one may be done, half done or not even that."""
+    is_committed: bool
+    """Whether the manifest that a take was to write is there."""
+    is_recorded: bool
+    """Whether the record names the images that a restore was to put the VM on."""
+    qemu_runs: bool
+
+
+class Recovery(Struct, frozen=True):
+    """What to do: run *finish* in order, or undo the first *undo* steps, newest first."""
+
+    finish: tuple[AnyStep, ...] = ()
+    undo: int = 0
+
+
+def plan_recovery(kind: OperationKind, steps: tuple[AnyStep, ...], sight: Sight) -> Recovery:
+    """Plan what brings an operation that was cut off to an end.
+
+    Args:
+        kind: The operation.
+        steps: All of its steps.
+        sight: What was found.
+    """
+    if not _IS_PAST_RETURN[kind](steps, sight):
+        return Recovery(undo=sight.begun)
+    first = 0 if kind == "delete" else max(0, sight.begun - 1)
+    left = steps[first:] if kind != "take" else ()
+    return Recovery(
+        finish=tuple(step for step in left if sight.qemu_runs or not _needs_guest(step))
+    )
+
+
+def point_of_no_return(kind: OperationKind, steps: tuple[Step, ...]) -> int:
+    """The place of the first step whose failure undoes nothing: what is left is finished later."""
+    if kind == "delete":
+        return 0
+    points = [place for place, step in enumerate(steps) if isinstance(step, _POINTS)]
+    return points[-1] + 1 if points else len(steps)
+
+
+_POINTS = (Commit, LetRun, RecordRestored)
+
+
+def _needs_guest(step: AnyStep) -> bool:
+    return isinstance(step, LetRun)
+
+
+def _take_is_done(_: tuple[AnyStep, ...], sight: Sight) -> bool:
+    return sight.is_committed
+
+
+def _guest_was_let_run(steps: tuple[AnyStep, ...], sight: Sight) -> bool:
+    return any(isinstance(step, LetRun) for step in steps[: sight.begun])
+
+
+def _restore_holds(steps: tuple[AnyStep, ...], sight: Sight) -> bool:
+    if _guest_was_let_run(steps, sight):
+        return True
+    needs_qemu = any(isinstance(step, StartQemu) for step in steps)
+    was_begun = any(isinstance(step, RecordRestored) for step in steps[: sight.begun])
+    return was_begun and sight.is_recorded and (sight.qemu_runs or not needs_qemu)
+
+
+def _delete_has_begun(_: tuple[AnyStep, ...], sight: Sight) -> bool:
+    return sight.begun > 0
+
+
+_IS_PAST_RETURN: Mapping[OperationKind, Callable[[tuple[AnyStep, ...], Sight], bool]] = {
+    "take": _take_is_done,
+    "restore": _restore_holds,
+    "start": _guest_was_let_run,
+    "delete": _delete_has_begun,
+}

@@ -1,0 +1,107 @@
+"""Posting a guard before a pause; what it does is in `calotype.guard`."""
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from calotype import guard
+from calotype.errors import HostError, QemuError
+from calotype.qemu.monitor import LAST_WORDS, open_socket
+
+_POSTING_S = 10.0
+
+
+class Post:
+    """A guard that stands by."""
+
+    def __init__(self, pid: int, line: socket.socket) -> None:
+        self.pid = pid
+        self._line = line
+
+    async def ready(self) -> None:
+        """Wait until it has greeted QEMU.
+
+        Raises:
+            HostError: It does not answer.
+        """
+        await self._hear(guard.READY)
+
+    async def arm(self, limit_s: float) -> None:
+        """Begin its watch; returns when it has begun.
+
+        Raises:
+            HostError: It does not answer: then the guest must not be stopped.
+        """
+        await self._say(guard.ARM.format(seconds=limit_s).encode())
+        await self._hear(guard.ARMED)
+
+    async def stand_down(self) -> None:
+        """End its watch: the guest runs. One that is gone, or that has acted, is no error."""
+        with contextlib.suppress(HostError):
+            await self._say(guard.STAND_DOWN)
+
+    async def _say(self, word: bytes) -> None:
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._line, word)
+        except OSError as error:
+            raise HostError("the guard of the pause is gone", "try again") from error
+
+    async def _hear(self, word: bytes) -> None:
+        try:
+            async with asyncio.timeout(_POSTING_S):
+                heard = await asyncio.get_running_loop().sock_recv(self._line, 64)
+        except (TimeoutError, OSError) as error:
+            raise HostError("the guard of the pause does not answer", "try again") from error
+        if heard != word:
+            raise HostError("the guard of the pause ended before the pause", "try again")
+
+
+@contextlib.asynccontextmanager
+async def posted(monitor_path: Path) -> AsyncIterator[Post]:
+    """Have a guard stand by for the length of a `with` block; without a word it acts at the end.
+
+    Args:
+        monitor_path: A QMP socket of the VM that nobody else uses.
+
+    Raises:
+        HostError: It cannot be started, or does not answer.
+        QemuError: QEMU does not answer it.
+    """
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ours:
+        with theirs, _reached(monitor_path) as monitor:
+            process = _spawn((monitor.fileno(), theirs.fileno()))
+        process.returncode = 0  # it ends by itself; do not warn that nobody waits for it
+        post = Post(process.pid, ours)
+        await post.ready()
+        yield post
+
+
+def _reached(path: Path) -> socket.socket:
+    try:
+        return open_socket(path)
+    except OSError as error:
+        raise QemuError(f"no QEMU answers on {path}: {error.strerror}", LAST_WORDS) from error
+
+
+def _spawn(descriptors: tuple[int, int]) -> "subprocess.Popen[bytes]":
+    """Start the guard by its file: nothing of the package needs to be found or imported."""
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, *map(str, descriptors)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            start_new_session=True,
+            cwd="/",
+        )
+    except OSError as error:
+        raise HostError(
+            f"the guard cannot be started: {error.strerror}", "is Python there, and memory free?"
+        ) from error

@@ -1,0 +1,195 @@
+"""What the crash tests share: a machine that is written to, the operations, and a cell.
+
+Everything there is (nodes, internal snapshots, backing chains, files with modes and flags,
+capabilities, run state, the record, the catalogue, processes) must equal what was before, or what
+is after the operation has succeeded; and what is on the disks must be right.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from calotype.qemu import process
+from calotype.store.store import Store
+from calotype.testing.machine import Machine
+from calotype.testing.whole import is_on, picture
+
+DISKS = ("zero.qcow2", "one.qcow2", "two.qcow2")
+Done = Callable[[str], dict[str, Any]]
+OLD, NEW = 0x21, 0x42
+"""What is written to the disks before the operation, and after the deed."""
+
+
+class Subject(Machine):
+    """A machine whose disks are written to from outside, as a guest would."""
+
+    def write(self, pattern: int, at_mib: int) -> None:
+        """Write 64 KiB of *pattern* to each disk, as its guest would."""
+        for place in range(len(self.disks)):
+            self._io(f"virtio{place}", f"write -P {pattern} {at_mib}M 64k")
+            self._io(f"virtio{place}", "flush")
+
+    def reads(self, pattern: int, at_mib: int) -> bool:
+        """Whether each disk holds what `write` wrote, in the file that is its newest image."""
+        record = Store(self.store).record(self.home.name)
+        command = f"read -P {pattern} {at_mib}M 64k"
+        for disk in record.disks:
+            tool = ("qemu-io", "-r", "-U", "-f", disk.active.format)
+            done = subprocess.run(
+                [*tool, "-c", command, disk.active.path],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert "read 65536/65536" in done.stdout, done
+            if "verification failed" in done.stdout:
+                return False
+        return True
+
+    def _io(self, device: str, command: str) -> None:
+        self.qmp("human-monitor-command", command_line=f'qemu-io {device} "{command}"')
+
+    def struck(
+        self,
+        moment: str,
+        deed: str,
+        words: Sequence[str],
+        *,
+        without: str = "",
+        descriptors: Sequence[int] = (),
+    ) -> "subprocess.Popen[bytes]":
+        """Run a command, with something happening at a moment of it; it is not waited for."""
+        out = ["--without", without] if without else []
+        return subprocess.Popen(
+            [sys.executable, "-m", "calotype.testing.crash", moment, deed, *out, *words],
+            cwd=self.folder,
+            env={**os.environ, "CALOTYPE_STORE": str(self.store)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=descriptors,
+        )
+
+
+class Operation:
+    """One row of the matrix: a command, what it is run on, and its steps."""
+
+    def __init__(
+        self, words: tuple[str, ...], prepare: Callable[[Subject], None], *steps: str
+    ) -> None:
+        self.words = words
+        self.prepare = prepare
+        self.steps = steps
+
+
+def _write_old(vm: Subject) -> None:
+    vm.write(OLD, 1)
+
+
+def _move_on(vm: Subject) -> None:
+    """Three disks whose parts lie in every kind of place, and newer content in each; then off."""
+    vm.write(OLD, 1)
+    inside = ("--disk", "virtio1=internal", "--disk", "virtio2=internal")
+    vm.take("--tag", "one", *inside)
+    vm.take("--disk", "virtio0=skip", "--disk", "virtio1=skip")
+    vm.write(NEW, 1)
+    vm.stop()
+
+
+def _off(vm: Subject) -> None:
+    vm.write(OLD, 1)
+    vm.stop()
+
+
+RESTORE = (
+    "CreateOverlay", "ApplyInside", "ExtractInside", "StartQemu", "CheckTopology", "LoadState",
+)  # fmt: skip
+OPERATIONS = {
+    "take": Operation(
+        ("take", "small", "--disk", "virtio1=internal"), _write_old,
+        "MakeSnapshotFolder", "CreateOverlay", "CreateOverlay", "OpenOverlay", "OpenOverlay",
+        "RecordAhead", "OpenState", "SetMigration", "FlushImages", "PassInstant", "AwaitSave",
+        "PutBackMigration", "CloseState", "FreezeImages", "Commit",
+    ),
+    "take paused": Operation(
+        ("take", "small", "--method", "paused", "--pause-limit", "20000"), _write_old,
+        "MakeSnapshotFolder", *["CreateOverlay"] * 3, *["OpenOverlay"] * 3,
+        "RecordAhead", "OpenState", "SetMigration", "FlushImages", "PassInstant", "AwaitSave",
+        "PutBackMigration", "CloseState", "FreezeImages", "Commit",
+    ),
+    "restore": Operation(
+        ("restore", "small", "--tag", "one"), _move_on,
+        *RESTORE, "MakeSnapshotFolder", "FreezeImages", "CommitLeftBehind", "RecordRestored",
+        "LetRun",
+    ),
+    "restore discarding": Operation(
+        ("restore", "small", "--tag", "one", "--discard-current"), _move_on,
+        *RESTORE, "RecordRestored", "LetRun", "DiscardImages",
+    ),
+    "start": Operation(
+        ("start", "small"), _off,
+        "StartQemu", "RecordStarted", "LetRun",
+    ),
+}  # fmt: skip
+WINDOW = ("stop", "migrate", "query-migrate", "transaction", "cont")
+
+
+def moments(name: str, *points: str) -> list[str]:
+    """The moments between the steps of an operation."""
+    return [f"{point}:{place}" for place in range(len(OPERATIONS[name].steps)) for point in points]
+
+
+def whole(
+    vm: Subject, before: dict[str, Any], after: dict[str, Any], *, may_be_off: bool = False
+) -> str:
+    """Whether everything is as `before` or as `after`; `between` fails."""
+    now = picture(vm)
+    if may_be_off and now["run state"] == "off":
+        silent = {"run state": "off", "processes": 0, "nodes": []}
+        before, after = ({**each, **silent} for each in (before, after))
+        before, after = ({key: each[key] for key in now} for each in (before, after))
+    if now == after:
+        return "after"
+    assert now == before, "it is neither as it was before nor as it is after"
+    return "before"
+
+
+def write_on(vm: Subject) -> bool:
+    """Let the guest write on, if there is one: what it writes now must not be lost either."""
+    if is_on(vm):
+        vm.write(NEW, 2)
+        return True
+    return False
+
+
+def assert_data(vm: Subject, name: str, state: str, *, wrote_on: bool) -> None:
+    """What is on the disks is what has to be there."""
+    restored = name.startswith("restore") and state == "after"
+    moved_on = name.startswith("restore") and state == "before"
+    assert vm.reads(NEW if moved_on else OLD, 1)
+    if wrote_on and not restored and not moved_on:
+        assert vm.reads(NEW, 2)
+
+
+def cell(vm: Subject, done: Done, name: str, moment: str, deed: str) -> str:
+    """Play one cell; whether the operation happened."""
+    operation = OPERATIONS[name]
+    operation.prepare(vm)
+    before, after = picture(vm), done(name)
+    struck = vm.struck(moment, deed, operation.words)
+    _, said = struck.communicate(timeout=60)
+    if deed == "hang-qemu" and (qemu := process.find("CALOTYPE_VM", vm.home.name)):
+        os.kill(qemu[0].pid, signal.SIGCONT)
+    if deed == "kill-self":
+        assert struck.returncode == -signal.SIGKILL, said
+    else:
+        assert struck.returncode in (0, 6, 7, 8, 9), said
+    wrote_on = write_on(vm) if "restore" not in name else False
+    vm.calotype("recover", "small")
+    state = whole(vm, before, after, may_be_off=deed == "kill-qemu")
+    assert_data(vm, name, state, wrote_on=wrote_on)
+    assert struck.returncode != 0 or state == "after"
+    return state

@@ -1,0 +1,363 @@
+"""Recovering is itself cut off, hindered, or not needed: the guest runs, and nothing is lost."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from calotype.qemu.monitor import listen_socket, open_socket
+from calotype.store.store import Store
+from calotype.testing.machine import CommandFailed, wait
+from calotype.testing.whole import is_on, picture
+from crashing import (
+    NEW,
+    OLD,
+    OPERATIONS,
+    WINDOW,
+    Done,
+    Subject,
+    assert_data,
+    cell,
+    moments,
+    whole,
+    write_on,
+)
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
+
+UNDOS = 9
+"""How many steps of an external take are undone, at the most."""
+
+
+# --- recover is cut off itself -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", range(UNDOS))
+@pytest.mark.parametrize("point", ["undoing", "undone"])
+def test_recover_is_killed_too(subject: Subject, done: Done, point: str, place: int) -> None:
+    operation = OPERATIONS["take"]
+    operation.prepare(subject)
+    before = picture(subject)
+    subject.struck("done:10", "kill-self", operation.words).communicate(timeout=60)
+    subject.write(NEW, 2)
+    again = subject.struck(f"{point}:{place}", "kill-self", ("recover", "small"))
+    again.communicate(timeout=60)
+    assert again.returncode == -signal.SIGKILL
+    subject.calotype("recover", "small")
+    assert whole(subject, before, done("take")) == "before"
+    assert_data(subject, "take", "before", wrote_on=True)
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_recover_of_a_restore_is_killed_too(subject: Subject, done: Done, place: int) -> None:
+    operation = OPERATIONS["restore"]
+    operation.prepare(subject)
+    before = picture(subject)
+    subject.struck("done:8", "kill-self", operation.words).communicate(timeout=60)
+    again = subject.struck(f"undone:{place}", "kill-self", ("recover", "small"))
+    again.communicate(timeout=60)
+    subject.calotype("recover", "small")
+    assert whole(subject, before, done("restore")) == "before"
+    assert_data(subject, "restore", "before", wrote_on=False)
+
+
+def test_every_command_that_writes_recovers_first(subject: Subject) -> None:
+    OPERATIONS["take"].prepare(subject)
+    for words in (["take", "small"], ["stop", "small", "--now"], ["start", "small"]):
+        if is_on(subject):
+            subject.struck("done:9", "kill-self", OPERATIONS["take"].words).communicate(timeout=60)
+        subject.calotype(*words)
+        assert Store(subject.store).unfinished(subject.home.name) == []
+    outcomes = [each["outcome"] for each in subject.calotype("history", "small")["history"]]
+    assert outcomes.count("undone") == 2
+    assert "unfinished" not in outcomes
+
+
+def test_those_who_look_do_not_wait_and_change_nothing(subject: Subject) -> None:
+    OPERATIONS["take"].prepare(subject)
+    subject.struck("done:9", "kill-self", OPERATIONS["take"].words).communicate(timeout=60)
+    left = picture(subject)
+    for words in (["ps"], ["list"], ["show", "small"], ["history", "small"]):
+        subject.calotype(*words)
+    assert picture(subject) == left
+
+
+# --- the guard -----------------------------------------------------------------------------------
+
+
+def await_running(vm: Subject, patience_s: float) -> float:
+    """Wait until the guest runs, asking only QEMU; how long that took."""
+    began = time.monotonic()
+    while not vm.qmp("query-status")["running"]:
+        assert time.monotonic() - began < patience_s, "the guest stands still"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("deed", ["kill-self", "stop-self"])
+@pytest.mark.parametrize("command", WINDOW)
+@pytest.mark.parametrize("name", ["take", "take paused"])
+def test_the_guest_runs_again_though_nobody_runs_a_command(
+    subject: Subject, done: Done, name: str, command: str, deed: str
+) -> None:
+    operation = OPERATIONS[name]
+    operation.prepare(subject)
+    before = picture(subject)
+    words = (*operation.words, "--pause-limit", "1500")
+    struck = subject.struck(f"sent:{command}", deed, words)
+    wait(lambda: struck.poll() is not None or _is_stopped(struck.pid), "the deed")
+    await_running(subject, 10.0)
+    time.sleep(0.3)
+    assert subject.qmp("query-status")["running"], "it was stopped again"
+    if deed == "stop-self":
+        os.kill(struck.pid, signal.SIGCONT)
+    struck.communicate(timeout=60)
+    wrote_on = write_on(subject)
+    subject.calotype("recover", "small")
+    state = whole(subject, before, done(name))
+    assert_data(subject, name, state, wrote_on=wrote_on)
+    assert deed != "kill-self" or state == "before"
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("command", ["stop", "transaction", "cont"])
+def test_a_guard_that_is_killed_is_not_missed(subject: Subject, done: Done, command: str) -> None:
+    assert cell(subject, done, "take", f"sent:{command}", "kill-guard") == "after"
+
+
+def test_a_guard_that_cannot_stand_by_keeps_the_guest_from_being_stopped(
+    subject: Subject,
+) -> None:
+    OPERATIONS["take"].prepare(subject)
+    before = picture(subject)
+    with (
+        open_socket(subject.home / "guard.sock"),
+        pytest.raises(CommandFailed, match="guard") as refused,
+    ):
+        subject.calotype("take", "small")
+    assert refused.value.data["exit_code"] == 9
+    assert picture(subject) == before
+
+
+def test_a_paused_vm_stays_paused_whatever_dies(subject: Subject) -> None:
+    OPERATIONS["take"].prepare(subject)
+    subject.qmp("stop")
+    before = picture(subject)
+    assert before["run state"] == "paused"
+    for moment in ("done:8", "sent:transaction", "done:9", "done:10"):
+        subject.struck(moment, "kill-self", OPERATIONS["take"].words).communicate(timeout=60)
+        subject.calotype("recover", "small")
+        assert picture(subject) == before, moment
+
+
+# --- QEMU hangs, or cannot be reached ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", [*moments("take", "doing"), "sent:stop", "sent:transaction"])
+def test_qemu_hangs(subject: Subject, done: Done, moment: str) -> None:
+    cell(subject, done, "take", moment, "hang-qemu")
+
+
+class Proxy:
+    """Stands between Calotype and QEMU's monitor, and carries on until it is told not to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._real = path.with_suffix(".real")
+        path.rename(self._real)
+        self._listener = listen_socket(path)
+        self._open: list[socket.socket] = []
+        self.carries = True
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                ours, _ = self._listener.accept()
+            except OSError:
+                return
+            theirs = open_socket(self._real)
+            self._open += [ours, theirs]
+            for pair in ((ours, theirs), (theirs, ours)):
+                threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(source, 1 << 16, 8)
+            except OSError:
+                return None
+            while not self.carries:
+                time.sleep(0.01)
+            if not data:
+                return self._end(sink)
+            try:
+                socket.send_fds(sink, [data], descriptors)
+            except OSError:
+                return None
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    @staticmethod
+    def _end(sink: socket.socket) -> None:
+        sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Hang up on both sides."""
+        for each in self._open:
+            each.close() if each.fileno() < 0 else each.shutdown(socket.SHUT_RDWR)
+
+    def stall(self) -> None:
+        """Carry nothing any more."""
+        self.carries = False
+
+    def close(self) -> None:
+        """Put QEMU's own socket back."""
+        self.carries = True
+        self._listener.close()
+        self.cut()
+        self._path.unlink()
+        self._real.rename(self._path)
+
+
+@pytest.mark.parametrize("deed", ["cut", "stall"])
+@pytest.mark.parametrize(
+    "moment", [*moments("take", "doing")[3:], "sent:stop", "sent:migrate", "sent:transaction"]
+)
+def test_the_connection_is_cut_or_stalls(
+    subject: Subject, done: Done, moment: str, deed: str
+) -> None:
+    operation = OPERATIONS["take"]
+    operation.prepare(subject)
+    before = picture(subject)
+    between = Proxy(subject.home / "control.sock")
+    ours, theirs = socket.socketpair()
+    asking = theirs.fileno()
+    struck = subject.struck(moment, f"ask:{asking}", operation.words, descriptors=[asking])
+    theirs.close()
+    with ours:
+        if ours.recv(1):
+            getattr(between, deed)()
+            ours.sendall(b"!")
+        _, said = struck.communicate(timeout=90)
+    between.close()
+    assert struck.returncode in (0, 6, 7, 8), said
+    await_running(subject, 10.0)
+    wrote_on = write_on(subject)
+    subject.calotype("recover", "small")
+    state = whole(subject, before, done("take"))
+    assert_data(subject, "take", state, wrote_on=wrote_on)
+
+
+# --- a disk without room -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cramped(folder: Path) -> Iterator[Subject]:
+    """A machine with one disk, on a file system of 20 MB that its store is not on."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small file system")
+    disks = folder / "disks"
+    disks.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20M", "tmpfs", disks], check=True)
+    vm = Subject(folder, disks=("disks/zero.qcow2",))
+    vm.make_disks()
+    vm.run()
+    yield vm
+    vm.clean_up()
+    subprocess.run(["umount", "-l", disks], check=True)
+
+
+def test_a_full_disk_forbids_the_merge_and_it_is_made_later(cramped: Subject) -> None:
+    vm = cramped
+    vm.write(OLD, 1)
+    vm.struck("done:8", "kill-self", ("take", "small")).communicate(timeout=60)
+    for place in range(2, 10):
+        vm.write(NEW, place)
+    filler = vm.folder / "disks" / "filler"
+    with filler.open("wb") as rest:
+        os.posix_fallocate(rest.fileno(), 0, os.statvfs(filler).f_bavail * 4096)
+    for _ in range(2):
+        with pytest.raises(CommandFailed, match="cannot be undone yet") as refused:
+            vm.calotype("recover", "small")
+        assert refused.value.data["exit_code"] == 6
+        assert vm.qmp("query-status")["running"]
+    with pytest.raises(CommandFailed, match="not over yet"):
+        vm.calotype("take", "small")
+    overlay = Store(vm.store).record(vm.home.name).disks[0].active
+    assert overlay.path.count(".qcow2") > 1
+    filler.unlink()
+    vm.calotype("recover", "small")
+    assert Store(vm.store).record(vm.home.name).disks[0].active.path.endswith("/zero.qcow2")
+    assert [path.name for path in (vm.folder / "disks").iterdir()] == ["zero.qcow2"]
+    assert vm.reads(OLD, 1)
+    assert all(vm.reads(NEW, place) for place in range(2, 10))
+
+
+def test_a_full_disk_does_not_keep_a_vm_from_being_stopped_and_started(cramped: Subject) -> None:
+    vm = cramped
+    vm.write(OLD, 1)
+    vm.struck("done:8", "kill-self", ("take", "small")).communicate(timeout=60)
+    for place in range(2, 10):
+        vm.write(NEW, place)
+    filler = vm.folder / "disks" / "filler"
+    with filler.open("wb") as rest:
+        os.posix_fallocate(rest.fileno(), 0, os.statvfs(filler).f_bavail * 4096)
+    vm.stop()
+    vm.calotype("start", "small")
+    assert vm.qmp("query-status")["running"]
+    filler.unlink()
+    vm.calotype("recover", "small")
+    assert [path.name for path in (vm.folder / "disks").iterdir()] == ["zero.qcow2"]
+    assert vm.reads(OLD, 1)
+    assert all(vm.reads(NEW, place) for place in range(2, 10))
+
+
+# --- at random -----------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(600)
+def test_a_hundred_random_moments_leave_no_orphan_and_no_frozen_guest(subject: Subject) -> None:
+    """Kill takes at any moment, those within a step included, on one machine in a row."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    moments_of = random.Random(seed)
+    OPERATIONS["take"].prepare(subject)
+    before, rounds, happened = picture(subject), 0, 0
+    while rounds < 100:
+        rounds += 1
+        command = subprocess.Popen(
+            [sys.executable, "-m", "calotype", *OPERATIONS["take"].words],
+            cwd=subject.folder,
+            env={**os.environ, "CALOTYPE_STORE": str(subject.store)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(moments_of.uniform(0.1, 0.5))
+        command.kill()
+        command.wait()
+        await_running(subject, 5.0)
+        subject.write(NEW, 2)
+        subject.calotype("recover", "small")
+        now = picture(subject)
+        if now["snapshots"] != before["snapshots"]:
+            happened += 1
+            before = now
+        assert now == before, f"seed {seed}, round {rounds}"
+        assert subject.reads(OLD, 1)
+        assert subject.reads(NEW, 2)
+    assert happened < rounds, "no take was ever cut off"

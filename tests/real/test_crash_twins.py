@@ -1,0 +1,65 @@
+"""The crash tests can fail: with its mechanism taken out, each is seen to."""
+
+import signal
+
+import pytest
+
+from calotype.testing.whole import picture
+from crashing import OPERATIONS, Subject
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
+
+TAKE = {
+    "MakeSnapshotFolder,sweep": "done:0",
+    "CreateOverlay": "done:2",
+    "OpenOverlay,sweep": "done:4",
+    "RecordAhead": "done:5",
+    "OpenState": "done:6",
+    "SetMigration": "done:7",
+    "PassInstant": "done:9",
+    "MergeBack": "done:10",
+    "DeleteMade": "done:10",
+}
+"""What undoes a kind of step -> the moment from which on it is needed.
+
+Folders and nodes that were left are also swept; both have to be gone to be missed.
+"""
+
+RESTORE = {
+    "CreateOverlay": "done:0",
+    "ApplyInside": "done:1",
+    "ExtractInside": "done:2",
+    "StartQemu": "done:3",
+    "FreezeImages": "done:7",
+    "CommitLeftBehind": "done:8",
+}
+
+
+@pytest.mark.parametrize("mechanism", TAKE)
+def test_a_take_is_not_undone_without(subject: Subject, mechanism: str) -> None:
+    assert is_seen(subject, "take", TAKE[mechanism], mechanism)
+
+
+@pytest.mark.parametrize("mechanism", RESTORE)
+def test_a_restore_is_not_undone_without(subject: Subject, mechanism: str) -> None:
+    assert is_seen(subject, "restore", RESTORE[mechanism], mechanism)
+
+
+def is_seen(vm: Subject, name: str, moment: str, mechanism: str) -> bool:
+    """Whether it shows that an operation was not undone as it should have been."""
+    operation = OPERATIONS[name]
+    operation.prepare(vm)
+    before = picture(vm)
+    vm.struck(moment, "kill-self", operation.words).communicate(timeout=60)
+    recovering = vm.struck("never", "kill-self", ("recover", "small"), without=mechanism)
+    recovering.communicate(timeout=60)
+    return picture(vm) != before
+
+
+def test_the_guest_stands_still_without_a_guard(subject: Subject) -> None:
+    OPERATIONS["take"].prepare(subject)
+    words = OPERATIONS["take"].words
+    struck = subject.struck("sent:migrate", "kill-self", words, without="guard")
+    struck.communicate(timeout=60)
+    assert struck.returncode == -signal.SIGKILL
+    assert not subject.qmp("query-status")["running"]
