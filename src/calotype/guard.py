@@ -6,17 +6,22 @@ not end it, and nothing but the standard library, so that it starts in a moment.
 
     owner                                   guard
       <----------------------------- READY    it has greeted QEMU
-      ARM seconds ------------------------>   the deadline counts from here
+      ARM {seconds, switch} -------------->   the deadline counts from here
       <----------------------------- ARMED    only now does the owner stop the guest
       ... the pause ...
-      STAND_DOWN ------------------------->   the guest runs, or need not
+      STAND DOWN ------------------------->   the guest runs, or need not
 
-If the owner hangs up before it says STAND_DOWN, or the deadline passes, the guard cancels the save,
+If the owner hangs up before it says STAND DOWN, or the deadline passes, the guard cancels the save,
 lets the guest run and watches that it does. It asks several times, because what the owner had sent
 may still wait inside QEMU: a `stop` that is carried out after our `cont` must not have the last
 word. To cancel first is right for every method: an ordinary migration that goes on would stop the
 guest again when it completes. What the owner had begun otherwise is undone by `recover`; the
 window's tables never accept a snapshot in whose pause somebody else let the guest run.
+
+In a *switch* (the guest goes over from an overlay to the image below, which holds the same by then)
+letting it run is right only if QEMU writes to the image that the record names. The record changes
+inside that pause, before QEMU switches; so if it names the one below, the guard first has QEMU
+complete the job that switches.
 
 Run as: python -m calotype.guard QMP-FD OWNER-FD
 """
@@ -30,7 +35,7 @@ import time
 from typing import Any
 
 READY, ARMED, STAND_DOWN = b"READY\n", b"ARMED\n", b"STAND DOWN\n"
-ARM = "ARM {seconds:.3f}\n"
+ARM = b"ARM "
 
 RESCUE_S = 30.0
 """How long it is tried to let the guest run."""
@@ -54,9 +59,10 @@ class Qemu:
         self._lines.readline()
         self.ask("qmp_capabilities")
 
-    def ask(self, command: str) -> Any:
+    def ask(self, command: str, **arguments: str) -> Any:
         """Send a command; its value, or None where QEMU refused it."""
-        self._connection.sendall(json.dumps({"execute": command}).encode() + b"\n")
+        words = {"execute": command, "arguments": arguments}
+        self._connection.sendall(json.dumps(words).encode() + b"\n")
         while line := self._lines.readline():
             message = json.loads(line)
             if "return" in message or "error" in message:
@@ -64,25 +70,37 @@ class Qemu:
         raise ConnectionError("QEMU is gone")
 
 
-def watch(owner: socket.socket) -> bool:
-    """Wait for the owner's word; whether the guest must be let run by us."""
+class Orders:
+    """What the owner wants: the deadline, and which switch of images the pause is for, if any."""
+
+    def __init__(self, words: bytes) -> None:
+        told = json.loads(words.removeprefix(ARM))
+        self.seconds = float(told["seconds"])
+        self.switch: dict[str, str] | None = told["switch"]
+
+
+def watch(owner: socket.socket) -> Orders | None:
+    """Wait for the owner's word; what has to be done by us, or None if nothing has."""
     owner.sendall(READY)
-    words = owner.recv(64)
-    if not words.startswith(b"ARM "):
-        return False  # it gave up, or died, before the pause began
-    deadline = time.monotonic() + float(words.split()[1])
+    words = owner.makefile("rb").readline()
+    if not words.startswith(ARM):
+        return None  # it gave up, or died, before the pause began
+    orders = Orders(words)
+    deadline = time.monotonic() + orders.seconds
     owner.sendall(ARMED)
     while (left := deadline - time.monotonic()) > 0:
         if select.select([owner], [], [], left)[0]:
-            return owner.recv(64) != STAND_DOWN
-    return True
+            return None if owner.recv(64) == STAND_DOWN else orders
+    return orders
 
 
-def rescue(qemu: Qemu) -> None:
+def rescue(qemu: Qemu, orders: Orders) -> None:
     """Let the guest run, and look until it surely does."""
     until = time.monotonic() + RESCUE_S
     steady = 0
     qemu.ask("migrate_cancel")
+    if orders.switch is not None and is_recorded(orders.switch):
+        complete(qemu, orders.switch["job"], until)
     while steady < STEADY and time.monotonic() < until:
         status = qemu.ask("query-status") or {}
         steady = steady + 1 if status.get("running") else 0
@@ -92,6 +110,26 @@ def rescue(qemu: Qemu) -> None:
         time.sleep(LOOK_S if steady else 0)
 
 
+def is_recorded(switch: dict[str, str]) -> bool:
+    """Whether the record names the image below as the newest of some disk."""
+    try:
+        with open(switch["record"], "rb") as file:  # noqa: PTH123 - pathlib takes time to import
+            record = json.load(file)
+    except (OSError, ValueError):
+        return False
+    return any(disk["active"]["path"] == switch["base"] for disk in record["disks"])
+
+
+def complete(qemu: Qemu, job: str, until: float) -> None:
+    """Have a job switch the guest over, and wait until it has; one that has already is no error."""
+    qemu.ask("job-complete", id=job)
+    while time.monotonic() < until:
+        states = {each["id"]: each["status"] for each in qemu.ask("query-jobs") or ()}
+        if states.get(job, "concluded") == "concluded":
+            return
+        time.sleep(LOOK_S)
+
+
 def main() -> None:
     """Guard one pause."""
     qmp_fd, owner_fd = map(int, sys.argv[1:])
@@ -99,8 +137,9 @@ def main() -> None:
         qemu = Qemu(connection)
         with contextlib.suppress(OSError):  # one of the two is gone: nothing to guard any more
             qemu.greet()
-            if watch(owner):
-                rescue(qemu)
+            orders = watch(owner)
+            if orders is not None:
+                rescue(qemu, orders)
 
 
 if __name__ == "__main__":

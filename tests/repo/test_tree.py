@@ -25,6 +25,7 @@ from builders import (
 from calotype import errors
 from calotype.cli.main import COMMANDS, cli
 from calotype.engine.abandon_effects import ABANDON_EFFECTS
+from calotype.engine.delete_effects import DELETE_EFFECTS
 from calotype.engine.effects import EFFECTS
 from calotype.errors import FAMILIES, CalotypeError
 from calotype.model.vm import Image
@@ -314,7 +315,11 @@ def test_every_kind_of_step_says_what_a_crash_after_it_leaves() -> None:
 
 
 def test_every_effect_is_one_of_a_step_that_is_planned() -> None:
-    assert EFFECTS.keys() == taken() | restored() | STARTED
+    assert EFFECTS.keys() == taken() | restored() | STARTED | DELETE_EFFECTS.keys()
+
+
+def test_a_step_of_a_delete_is_never_undone() -> None:
+    assert [effect.revert for effect in DELETE_EFFECTS.values()] == [None] * len(DELETE_EFFECTS)
 
 
 def test_a_journal_can_hold_every_kind_of_step() -> None:

@@ -132,6 +132,8 @@ def _label(entry: "SnapshotEntry | None") -> str:
         words.append(size(entry.bytes))
     if entry.pause_ms is not None:
         words.append(f"pause {entry.pause_ms:.1f} ms")
+    if entry.is_protected:
+        words.append("protected")
     if entry.description:
         words.append(f"- {entry.description!r}")
     return "  ".join(words)

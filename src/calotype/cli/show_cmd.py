@@ -26,6 +26,7 @@ def command(
     import msgspec  # noqa: PLC0415
 
     from calotype.engine.select import select  # noqa: PLC0415
+    from calotype.model.labels import labelled  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path)
@@ -39,12 +40,15 @@ def command(
         )
         return
     entry = select(store, record, id_prefix=id_prefix, tag=tag, latest=latest)
-    manifest = store.manifest(record.id, entry.id)
+    labels = store.labels(record.id, entry.id)
+    manifest = labelled(store.manifest(record.id, entry.id), labels)
     frozen = [
         part.image.path for part in manifest.storage if part.kind == "external" and part.image
     ]
-    told = {"snapshot": msgspec.to_builtins(manifest), "protection": _protection(frozen)}
-    say(settings, told, list(_snapshot_lines(manifest)))
+    shown = {**msgspec.to_builtins(manifest), "is_protected": labels.is_protected}
+    told = {"snapshot": shown, "protection": _protection(frozen)}
+    protected = ["protected from being deleted"] * labels.is_protected
+    say(settings, told, [*_snapshot_lines(manifest), *protected])
 
 
 def _vm_lines(store: "Store", record: "VmRecord") -> Iterator[str]:

@@ -1,6 +1,5 @@
 """`calotype take`: take a system snapshot of a running VM, or say what that would do."""
 
-import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from calotype.cli.output import (
     Settings,
     common,
     error_members,
-    is_terminal,
     run_async,
     say,
     size,
@@ -20,7 +18,6 @@ from calotype.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from calotype.engine.progress import Progress
     from calotype.model.snapshot import Manifest
     from calotype.plan.take_plan import TakePlan
 
@@ -79,6 +76,7 @@ def command(
 
     The guest stands still for milliseconds; its RAM is saved while it runs on.
     """
+    from calotype.cli.progress_bar import progress_bar  # noqa: PLC0415
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.model import names  # noqa: PLC0415
     from calotype.plan.take_plan import TakeRequest  # noqa: PLC0415
@@ -93,7 +91,7 @@ def command(
         plan = run_async(operations.plan_only(store, name, request))
         _say_plan(settings, name, plan)
         return
-    with _bar(quiet or settings.as_json) as progress:
+    with progress_bar(quiet or settings.as_json) as progress:
         manifest = run_async(
             operations.take(
                 store, name, request, tag=tag, description=description, progress=progress
@@ -182,25 +180,3 @@ def _say_taken(settings: Settings, manifest: "Manifest", quiet: bool) -> None:
         f"{manifest.id}  {pause}, {size(manifest.bytes_written)} in {timings.total_ms / 1000:.1f} s"
     )
     say(settings, told, [manifest.id if quiet else line])
-
-
-@contextlib.contextmanager
-def _bar(quiet: bool) -> Iterator["Progress"]:
-    """A progress bar on standard error, where that is a terminal."""
-    from calotype.engine.progress import silent  # noqa: PLC0415
-
-    if quiet or not is_terminal():
-        yield silent
-        return
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn  # noqa: PLC0415
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("preparing", total=None)
-
-        def show(phase: str, done_bytes: int, expected_bytes: int) -> None:
-            total = max(done_bytes, expected_bytes) or None
-            bar.update(task, description=phase, completed=done_bytes, total=total)
-
-        yield show

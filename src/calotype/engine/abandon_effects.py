@@ -5,13 +5,13 @@ that is cancelled, an overlay that is merged and a snapshot that is deleted are 
 """
 
 import asyncio
-import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from calotype.engine.disk_effects import delete_inside, paths_in_use
+from calotype.engine.disk_effects import delete_inside
+from calotype.engine.switching import record_newest, switch, unheard
 from calotype.engine.world import Effect, Effects, World
-from calotype.errors import QemuError
+from calotype.model.vm import Image
 from calotype.plan.abandon import OverlaySight, Qemu, plan_abandon
 from calotype.plan.steps import (
     DeleteMade,
@@ -21,12 +21,10 @@ from calotype.plan.steps import (
     PassInstant,
     SwitchToOverlay,
 )
-from calotype.qemu import image_tool, migration, observe
-from calotype.qemu.monitor import CommandRefused, Monitor
+from calotype.qemu import image_tool, live_merge, migration
+from calotype.qemu.monitor import Monitor
 from calotype.store import images
 
-_POLL_S = 0.02
-_STALLED_S = 60.0
 _AT_REST = ("paused", "postmigrate", "finish-migrate")
 
 
@@ -38,9 +36,7 @@ async def abandon_instant(world: World, step: PassInstant) -> None:
         HostError: Likewise.
     """
     overlays = [each.overlay for each in step.actions if isinstance(each, SwitchToOverlay)]
-    plan = plan_abandon(
-        step, _who_runs(world), await _look_at(world, overlays), settled=world.is_settled
-    )
+    plan = plan_abandon(step, _who_runs(world), _look_at(world, overlays), settled=world.is_settled)
     failures: list[Exception] = []
     for part in plan:
         try:
@@ -59,9 +55,12 @@ def _who_runs(world: World) -> Qemu:
     return "same" if world.qemu == world.began_with else "other"
 
 
-async def _look_at(world: World, overlays: Iterable[str]) -> dict[str, OverlaySight]:
-    in_use = await paths_in_use(world)
-    return {path: OverlaySight(in_use=path in in_use) for path in overlays if Path(path).exists()}
+def _look_at(world: World, overlays: Iterable[str]) -> dict[str, OverlaySight]:
+    record = world.store.record(world.record.id)
+    newest = {disk.active.path for disk in record.disks}
+    return {
+        path: OverlaySight(is_newest=path in newest) for path in overlays if Path(path).exists()
+    }
 
 
 async def _end_pause(world: World, step: EndPause) -> None:
@@ -85,62 +84,19 @@ async def _let_run(monitor: Monitor) -> None:
 
 
 async def _merge_back(world: World, step: MergeBack) -> None:
-    """Commit an overlay that a device is on into its base, which takes its place (block-commit)."""
+    """Merge an overlay that a device is on into its base, which takes its place."""
+    overlay = Image(step.overlay, "qcow2")
     async with world.controlling() as monitor:
-        await _finish_earlier(monitor, step.job)
-        standing = await observe.find_standing(monitor, step.overlay)
-        if standing is None:
-            return
-        await asyncio.to_thread(_thaw, step)
-        await monitor.execute(
-            "block-commit",
-            job_id=step.job,
-            device=standing.node,
-            base_node=standing.below,
-            auto_dismiss=False,
-        )
-        await _job_state(monitor, step.job, "ready")
-        await monitor.execute("job-complete", id=step.job)
-        await _job_state(monitor, step.job, "concluded")
-        await monitor.execute("job-dismiss", id=step.job)
-
-
-async def _finish_earlier(monitor: Monitor, job_id: str) -> None:
-    """End a job that somebody who died had begun: completed if it is ready, else cancelled."""
-    jobs = {job["id"]: job for job in await monitor.execute("query-jobs")}
-    if job_id not in jobs:
-        return
-    if jobs[job_id]["status"] != "concluded":
-        with contextlib.suppress(CommandRefused):  # it may have concluded in this moment
-            await monitor.execute("block-job-cancel", device=job_id, force=True)
-    with contextlib.suppress(QemuError):  # that it failed is told by what it left undone
-        await _job_state(monitor, job_id, "concluded")
-        await monitor.execute("job-dismiss", id=job_id)
-
-
-async def _job_state(monitor: Monitor, job_id: str, wanted: str) -> None:
-    """Wait until a job is in the state *wanted*; one that concludes with an error has failed."""
-    done_bytes, moved = -1, asyncio.get_running_loop().time()
-    while True:
-        jobs = {job["id"]: job for job in await monitor.execute("query-jobs")}
-        job, now = jobs[job_id], asyncio.get_running_loop().time()
-        if job["current-progress"] != done_bytes:
-            done_bytes, moved = job["current-progress"], now
-        elif now - moved > _STALLED_S:
-            raise QemuError(
-                f"the job {job_id} has not moved for {_STALLED_S:g} s",
-                "`calotype recover` tries again",
-            )
-        if "error" in job and job["status"] == "concluded":
-            await monitor.execute("job-dismiss", id=job_id)
-            raise QemuError(
-                f"what the guest wrote cannot be merged back: {job['error']}",
-                "free some space; then `calotype recover`",
-                qemu=job["error"],
-            )
-        if job["status"] == wanted:
-            return
-        await asyncio.sleep(_POLL_S)
+        is_in_use = bool((await live_merge.look(monitor)).chain(step.overlay))
+        if await live_merge.status(monitor, step.job) is None:
+            if not is_in_use:
+                return
+            await asyncio.to_thread(_thaw, step)
+            await live_merge.begin(monitor, step.job, overlay, step.base)
+        if await live_merge.reached(monitor, step.job, "ready", unheard) == "ready":
+            await switch(world, monitor, step.job, overlay, step.base)
+        record_newest(world, step.base, {overlay, step.base})
+        await live_merge.end(monitor, step.job, overlay, unheard)
 
 
 def _thaw(step: MergeBack | MergeBackOffline) -> None:

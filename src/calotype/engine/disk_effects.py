@@ -74,11 +74,13 @@ async def _record_ahead(world: World, step: RecordAhead) -> None:
 
 async def _record_before_switch(world: World, step: RecordAhead) -> None:
     """Record the images from before, but for an overlay whose content could not be merged back."""
+    record = world.store.record(world.record.id)
+    newest = {disk.active for disk in record.disks}
     in_use = await paths_in_use(world)
     active = {
-        index: image if image.path in in_use or _holds_data(world, image) else before
-        for index, image in step.active.items()
-        for before in (step.active_before[index],)
+        index: overlay if overlay in newest and is_needed else step.active_before[index]
+        for index, overlay in step.active.items()
+        for is_needed in (overlay.path in in_use or _holds_data(world, overlay),)
     }
     record_disks(world, active, step.parent_before)
 

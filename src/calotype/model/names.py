@@ -48,6 +48,11 @@ def is_overlay_of(path: str, origin: str) -> bool:
     return len(middle) == ID_LENGTH and name == f"{stem}.{middle}.qcow2" and is_id_prefix(middle)
 
 
+def id_in_overlay(path: str) -> str:
+    """The id that the overlay at *path* is named by."""
+    return Path(path).name.removesuffix(".qcow2")[-ID_LENGTH:]
+
+
 def internal_name(snapshot_id: str) -> str:
     """The name of an internal storage snapshot in a qcow2's snapshot table."""
     return f"{OURS}{snapshot_id}"

@@ -35,8 +35,8 @@ Qemu = Literal["same", "other", "gone"]
 class OverlaySight(Struct, frozen=True):
     """What an overlay is found to be."""
 
-    in_use: bool
-    """A device of the running QEMU is on it."""
+    is_newest: bool
+    """The record names it. One that it does not name was merged already, or never used."""
 
 
 def plan_abandon(
@@ -63,7 +63,7 @@ def _steps(
             case SnapshotInside():
                 yield DeleteMade(action.image, action.name)
             case SwitchToOverlay() if (sight := overlays.get(action.overlay)) is not None:
-                if sight.in_use:
+                if qemu != "gone":
                     yield MergeBack(action.overlay, action.base, action.base_mode, action.merge_job)
-                elif qemu == "gone":
+                elif sight.is_newest:
                     yield MergeBackOffline(action.overlay, action.base, action.base_mode)

@@ -16,8 +16,10 @@ from calotype.plan.steps import (
     CommitLeftBehind,
     CreateOverlay,
     Define,
+    DeleteInside,
     DeleteMade,
     DiscardImages,
+    DropSnapshot,
     EndPause,
     ExtractInside,
     FlushImages,
@@ -27,16 +29,23 @@ from calotype.plan.steps import (
     MakeSnapshotFolder,
     MergeBack,
     MergeBackOffline,
+    MergeDown,
+    MergeUp,
     OpenOverlay,
     OpenState,
     PassInstant,
     PutBackMigration,
     RecordAhead,
+    RecordMerged,
     RecordRestored,
     RecordStarted,
+    RemoveImage,
+    RemoveSnapshotFiles,
+    Retarget,
     SetMigration,
     StartQemu,
     Step,
+    TakePath,
 )
 
 
@@ -95,4 +104,22 @@ CRASHES: Mapping[type[Step], Crash] = {
     ),
     LetRun: Crash("a guest that runs", "finishes what is left: it is past the point of no return"),
     DiscardImages: Crash("no images that nothing needs", "ends the journal"),
+    DropSnapshot: Crash(
+        "a snapshot that exists no more, its files and images still there",
+        "runs the delete's steps again from the first; what is done already is left alone",
+    ),
+    RemoveSnapshotFiles: Crash("images that nobody needs", "goes on with the delete"),
+    DeleteInside: Crash("space inside an image that nobody needs", "goes on with the delete"),
+    MergeDown: Crash(
+        "an image that holds its own content and that of the one above; a guest that the guard lets"
+        " run, on the one that the record names",
+        "goes on with the delete; a merge that QEMU had begun is seen through",
+    ),
+    MergeUp: Crash("images that stand on one further below", "goes on with the delete"),
+    RecordMerged: Crash("a record without the images that were merged", "goes on with the delete"),
+    Retarget: Crash("a manifest that names where its content is now", "goes on with the delete"),
+    RemoveImage: Crash("no image that nobody needs", "goes on with the delete"),
+    TakePath: Crash(
+        "a copy that has the path of the user's image as a second name", "goes on with the delete"
+    ),
 }

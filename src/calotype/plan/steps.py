@@ -266,6 +266,87 @@ class DiscardImages(Step, frozen=True):
     """Internal snapshots to delete, by the image that holds each and its name."""
 
 
+# --- of a delete: each is right to do again, and none is undone ----------------------------------
+
+
+class DropSnapshot(Step, frozen=True):
+    """Remove a snapshot's manifest: from then on it does not exist, and the rest is finished."""
+
+    snapshot: str
+
+
+class RemoveSnapshotFiles(Step, frozen=True):
+    """Remove what a snapshot that exists no more kept in its folder."""
+
+    snapshot: str
+
+
+class MergeDown(Step, frozen=True):
+    """Put the content of *top* into *base*, and whatever stands on *top* onto *base*."""
+
+    disk: int
+    """The index of the disk; -1 where the VM has it no longer."""
+    top: Image
+    base: Image
+    children: tuple[Image, ...]
+    active: str
+    """The image that holds the disk's newest content afterwards: all others are frozen."""
+    job: str
+    was_running: bool
+    """Whether the guest runs, and so is let run again if we end in the moment of the switch."""
+
+
+class MergeUp(Step, frozen=True):
+    """Put *children* onto another image, each keeping by itself the content that it would lose."""
+
+    children: tuple[Image, ...]
+    onto: Image | None
+    active: str
+    """The image that holds the disk's newest content: all others are frozen."""
+
+
+class DeleteInside(Step, frozen=True):
+    """Delete an internal snapshot, the one with this id, from an image that stays."""
+
+    image: Image
+    internal_id: str
+    internal_name: str
+    active: str
+    """The image that holds the disk's newest content: all others are frozen."""
+
+
+class Retarget(Step, frozen=True):
+    """Write a kept manifest anew: which images its parts are in, and who those are now."""
+
+    snapshot: str
+    images: dict[str, Image]
+    """Path of an image that was merged away -> where its content is."""
+    changed: tuple[str, ...]
+    """Images that the delete writes to: these alone are looked at anew, others stay as recorded."""
+    parent: str | None
+
+
+class RecordMerged(Step, frozen=True):
+    """Record where the newest content is; a disk that is not on its image from before stays."""
+
+    active: dict[int, Image]
+    active_before: dict[int, Image]
+    parent: str | None
+
+
+class RemoveImage(Step, frozen=True):
+    """Remove an image of ours that nothing stands on and nobody needs."""
+
+    path: str
+
+
+class TakePath(Step, frozen=True):
+    """Put *copy* at the path *origin* as well, in place of what is there."""
+
+    copy: str
+    origin: str
+
+
 AnyStep = (
     MakeSnapshotFolder
     | CreateOverlay
@@ -295,6 +376,15 @@ AnyStep = (
     | RecordRestored
     | LetRun
     | DiscardImages
+    | DropSnapshot
+    | RemoveSnapshotFiles
+    | MergeDown
+    | MergeUp
+    | DeleteInside
+    | Retarget
+    | RecordMerged
+    | RemoveImage
+    | TakePath
 )
 
 

@@ -2,17 +2,30 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NamedTuple
 
 from calotype import guard
 from calotype.errors import HostError, QemuError
 from calotype.qemu.monitor import LAST_WORDS, open_socket
 
 _POSTING_S = 10.0
+
+
+class Switch(NamedTuple):
+    """A guest goes over from an overlay to the image below."""
+
+    record: str
+    """The file of the VM's record, which says which of the two is the newest."""
+    base: str
+    """The path of the image below."""
+    job: str
+    """QEMU's job that switches."""
 
 
 class Post:
@@ -30,13 +43,18 @@ class Post:
         """
         await self._hear(guard.READY)
 
-    async def arm(self, limit_s: float) -> None:
+    async def arm(self, limit_s: float, switch: Switch | None = None) -> None:
         """Begin its watch; returns when it has begun.
+
+        Args:
+            limit_s: After how long it acts.
+            switch: The switch of images that is made in the pause.
 
         Raises:
             HostError: It does not answer: then the guest must not be stopped.
         """
-        await self._say(guard.ARM.format(seconds=limit_s).encode())
+        orders = {"seconds": limit_s, "switch": switch._asdict() if switch else None}
+        await self._say(guard.ARM + json.dumps(orders).encode() + b"\n")
         await self._hear(guard.ARMED)
 
     async def stand_down(self) -> None:

@@ -16,18 +16,20 @@ from pathlib import Path
 import msgspec
 
 from calotype.errors import HostError, StoreError
+from calotype.model.labels import UNLABELLED, Labels, labelled
 from calotype.model.names import is_text
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import VmRecord
 from calotype.store.files import host_errors
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE vms (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, parent TEXT);
 CREATE TABLE snapshots (
     id TEXT PRIMARY KEY, vm_id TEXT NOT NULL, parent TEXT, tag TEXT NOT NULL,
     description TEXT NOT NULL, instant TEXT NOT NULL, method TEXT NOT NULL,
-    run_state TEXT NOT NULL, machine_state TEXT NOT NULL, bytes INTEGER NOT NULL, pause_ms REAL
+    run_state TEXT NOT NULL, machine_state TEXT NOT NULL, bytes INTEGER NOT NULL, pause_ms REAL,
+    is_protected INTEGER NOT NULL
 );
 CREATE INDEX by_vm ON snapshots (vm_id, instant);
 """
@@ -70,10 +72,12 @@ class SnapshotEntry(msgspec.Struct, frozen=True):
     machine_state: str
     bytes: int
     pause_ms: float | None
+    is_protected: bool = False
 
 
-def entry_of(manifest: Manifest) -> SnapshotEntry:
-    """The entry of a manifest."""
+def entry_of(manifest: Manifest, labels: Labels = UNLABELLED) -> SnapshotEntry:
+    """The entry of a manifest, with what the user said of it since."""
+    manifest = labelled(manifest, labels)
     return SnapshotEntry(
         id=manifest.id,
         vm_id=manifest.vm_id,
@@ -86,6 +90,7 @@ def entry_of(manifest: Manifest) -> SnapshotEntry:
         machine_state=manifest.machine_state.kind if manifest.machine_state else "none",
         bytes=manifest.bytes_written,
         pause_ms=manifest.timings.pause_ms,
+        is_protected=labels.is_protected,
     )
 
 
@@ -149,14 +154,14 @@ class Index:
     def rebuild(
         self,
         records: Iterable[VmRecord],
-        manifests: Iterable[Manifest],
+        manifests: Iterable[tuple[Manifest, Labels]],
         unread: Collection[str] = (),
     ) -> None:
         """Make it anew, in one transaction: others see the old one or the new one.
 
         Args:
             records: Every VM.
-            manifests: Every snapshot.
+            manifests: Every snapshot, with what the user said of it since.
             unread: Ids of VMs and snapshots that are there but cannot be read; they stay as known.
         """
         kept = (list(records), list(manifests), list(unread))
@@ -168,7 +173,10 @@ class Index:
             self._fill(*kept)
 
     def _fill(
-        self, records: Iterable[VmRecord], manifests: Iterable[Manifest], unread: Collection[str]
+        self,
+        records: Iterable[VmRecord],
+        manifests: Iterable[tuple[Manifest, Labels]],
+        unread: Collection[str],
     ) -> None:
         with self._open() as database:
             database.execute("PRAGMA query_only = OFF")
@@ -179,8 +187,8 @@ class Index:
                         database.execute(f"DELETE FROM {table} WHERE id = ?", (known,))  # noqa: S608
             for record in records:
                 _put_vm(database, record)
-            for manifest in manifests:
-                _put_snapshot(database, manifest)
+            for manifest, labels in manifests:
+                _put_snapshot(database, manifest, labels)
             if self._memory is not None:
                 database.execute("COMMIT")
                 database.execute("PRAGMA query_only = ON")
@@ -207,10 +215,10 @@ class Index:
             database.execute("DELETE FROM vms WHERE id = ?", (vm_id,))
             database.execute("DELETE FROM snapshots WHERE vm_id = ?", (vm_id,))
 
-    def put_snapshot(self, manifest: Manifest) -> None:
-        """Add a snapshot."""
+    def put_snapshot(self, manifest: Manifest, labels: Labels = UNLABELLED) -> None:
+        """Add or replace a snapshot."""
         with self._open() as database:
-            _put_snapshot(database, manifest)
+            _put_snapshot(database, manifest, labels)
 
     def remove_snapshot(self, snapshot: str) -> None:
         """Remove a snapshot."""
@@ -232,13 +240,15 @@ class Index:
 
     def snapshots(self, vm_id: str) -> list[SnapshotEntry]:
         """All snapshots of a VM, oldest first."""
-        columns = ", ".join(SnapshotEntry.__struct_fields__)
+        fields = SnapshotEntry.__struct_fields__
+        columns = ", ".join(fields)
         with self._open() as database:
             rows = database.execute(
                 f"SELECT {columns} FROM snapshots WHERE vm_id = ? ORDER BY instant, id",  # noqa: S608
                 (vm_id,),
             ).fetchall()
-        return [SnapshotEntry(*row) for row in rows]
+        members = (dict(zip(fields, row, strict=True)) for row in rows)
+        return [msgspec.convert(each, SnapshotEntry, strict=False) for each in members]
 
 
 @contextlib.contextmanager
@@ -280,7 +290,7 @@ def _put_vm(database: sqlite3.Connection, record: VmRecord) -> None:
     )
 
 
-def _put_snapshot(database: sqlite3.Connection, manifest: Manifest) -> None:
-    row = msgspec.structs.astuple(entry_of(manifest))
+def _put_snapshot(database: sqlite3.Connection, manifest: Manifest, labels: Labels) -> None:
+    row = msgspec.structs.astuple(entry_of(manifest, labels))
     places = ", ".join("?" * len(row))
     database.execute(f"INSERT OR REPLACE INTO snapshots VALUES ({places})", row)  # noqa: S608

@@ -16,6 +16,7 @@
             snapshots/ID/
                 machine-state           RAM and devices, for the owner alone
                 manifest.json           written last; without it there is no snapshot
+                labels.json             what the user said of it since; may be missing
         forgotten/VM-ID/                what `forget` keeps
 
 Folders are named by ids of ours: a VM's name and a tag are data. Every file is replaced whole,
@@ -33,6 +34,7 @@ from typing import TextIO, TypeVar
 import msgspec
 
 from calotype.errors import ConflictError, HostError, NotFoundError, StoreError
+from calotype.model.labels import Labels
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import Process, VmRecord
 from calotype.store.files import (
@@ -44,7 +46,7 @@ from calotype.store.files import (
 )
 from calotype.store.index import Index
 
-_Kept = TypeVar("_Kept", VmRecord, Process, Manifest)
+_Kept = TypeVar("_Kept", VmRecord, Process, Manifest, Labels)
 
 
 class Store:
@@ -119,6 +121,11 @@ class Store:
         """The VMs that were forgotten; their images may still be immutable."""
         folders = sorted(self._forgotten.iterdir())
         return [_read(folder / "record.json", VmRecord) for folder in folders]
+
+    def forgotten_manifests(self, vm_id: str) -> list[Manifest]:
+        """The snapshots of a VM that was forgotten."""
+        paths = sorted((self._forgotten / vm_id).glob("snapshots/*/manifest.json"))
+        return [_read(path, Manifest) for path in paths]
 
     def make_vm_folder(self, vm_id: str) -> None:
         """Make the folder for a VM; one that is there is no error."""
@@ -229,12 +236,38 @@ class Store:
         folder = self.snapshot_folder(manifest.vm_id, manifest.id)
         _write(folder / "manifest.json", manifest)
         sync_directory(folder.parent)
-        self.index.put_snapshot(manifest)
+        self.index.put_snapshot(manifest, self.labels(manifest.vm_id, manifest.id))
 
     def revoke(self, vm_id: str, snapshot: str) -> None:
         """Undo `commit`."""
         (self.snapshot_folder(vm_id, snapshot) / "manifest.json").unlink(missing_ok=True)
         self.index.remove_snapshot(snapshot)
+
+    def drop_snapshot(self, vm_id: str, snapshot: str) -> None:
+        """Make a snapshot not exist, durably, though its other files stay; idempotent."""
+        folder = self.snapshot_folder(vm_id, snapshot)
+        (folder / "manifest.json").unlink(missing_ok=True)
+        if folder.exists():
+            sync_directory(folder)
+        self.index.remove_snapshot(snapshot)
+
+    def remove_snapshot_files(self, vm_id: str, snapshot: str) -> None:
+        """Remove the folder of a snapshot that does not exist; one that is gone is no error."""
+        folder = self.snapshot_folder(vm_id, snapshot)
+        assert not (folder / "manifest.json").exists()
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        sync_directory(folder.parent)
+
+    def labels(self, vm_id: str, snapshot: str) -> Labels:
+        """What the user said of a snapshot since it was taken."""
+        path = self.snapshot_folder(vm_id, snapshot) / "labels.json"
+        return _read(path, Labels) if path.exists() else Labels()
+
+    def save_labels(self, manifest: Manifest, labels: Labels) -> None:
+        """Keep what the user says of a snapshot, in place of what was said before."""
+        _write(self.snapshot_folder(manifest.vm_id, manifest.id) / "labels.json", labels)
+        self.index.put_snapshot(manifest, labels)
 
     def has_manifest(self, vm_id: str, snapshot: str) -> bool:
         """Whether a snapshot exists."""
@@ -277,8 +310,15 @@ class Store:
         )
         self.damage = spoiled_records + spoiled_manifests
         read = {record.id for record in records} | {manifest.id for manifest in manifests}
-        self.index.rebuild(records, manifests, {*vm_ids, *snapshots} - read)
+        labelled = [(each, self._sound_labels(each)) for each in manifests]
+        self.index.rebuild(records, labelled, {*vm_ids, *snapshots} - read)
         return len(manifests)
+
+    def _sound_labels(self, manifest: Manifest) -> Labels:
+        """What the user said of a snapshot, as far as it can be read."""
+        found, damage = _sound(lambda each: self.labels(manifest.vm_id, each), [manifest.id])
+        self.damage += damage
+        return found[0] if found else Labels()
 
     def _ids_on_disk(self) -> tuple[set[str], dict[str, Path]]:
         """The ids of the VMs, and the folders of the snapshots that have a manifest, by id."""
@@ -339,6 +379,7 @@ _REMEDIES: Mapping[type[msgspec.Struct], str] = {
     VmRecord: "put it back from a copy; other VMs are not affected",
     Process: "remove it if no QEMU runs this VM, else write its pid and start time into it again",
     Manifest: "put it back from a copy; other snapshots are not affected",
+    Labels: "put it back from a copy, or remove it: then the manifest's own tag counts again",
 }
 
 
