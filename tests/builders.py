@@ -27,11 +27,14 @@ from calotype.model.vm import (
     Image,
     ImageFacts,
     MigrationFacts,
+    Process,
     Topology,
     VmRecord,
 )
 from calotype.plan.compose import Outcome
 from calotype.plan.restore import Found
+from calotype.plan.steps import AwaitSave, Commit, MakeSnapshotFolder
+from calotype.store.journal import Began
 
 GIB = 1 << 30
 VM_ID = "00000000000000a0"
@@ -261,3 +264,18 @@ def make_outcome(**changes: Any) -> Outcome:
         phases_ms={"PassInstant": 20.0},
     )
     return _changed(outcome, changes)
+
+
+def make_began(**changes: Any) -> Began:
+    """A take of three steps begins."""
+    began = Began(
+        operation="take",
+        id=SNAPSHOT,
+        snapshot=SNAPSHOT,
+        at="2025-01-02T03:04:05+00:00",
+        owner=Process(41, 4100),
+        qemu=Process(42, 4200),
+        record=make_record(),
+        steps=(MakeSnapshotFolder(SNAPSHOT), AwaitSave(1 << 20), Commit(SNAPSHOT)),
+    )
+    return _changed(began, changes)

@@ -107,7 +107,8 @@ def rescue(qemu: Qemu, orders: Orders) -> None:
         if status.get("status") in _AT_REST:
             qemu.ask("migrate_cancel")
             qemu.ask("cont")
-        time.sleep(LOOK_S if steady else 0)
+        else:
+            time.sleep(LOOK_S)
 
 
 def is_recorded(switch: dict[str, str]) -> bool:
@@ -135,7 +136,7 @@ def main() -> None:
     qmp_fd, owner_fd = map(int, sys.argv[1:])
     with socket.socket(fileno=qmp_fd) as connection, socket.socket(fileno=owner_fd) as owner:
         qemu = Qemu(connection)
-        with contextlib.suppress(OSError):  # one of the two is gone: nothing to guard any more
+        with contextlib.suppress(OSError, ValueError):  # one of the two is gone, be it in mid-word
             qemu.greet()
             orders = watch(owner)
             if orders is not None:

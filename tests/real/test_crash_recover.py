@@ -66,6 +66,23 @@ def test_recover_of_a_restore_is_killed_too(subject: Subject, done: Done, place:
     assert_data(subject, "restore", "before", wrote_on=False)
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_an_undo_past_the_point_of_no_return_that_is_killed_is_gone_on_with(
+    subject: Subject, done: Done, place: int
+) -> None:
+    """The guest cannot be let run, what was begun is undone, and that is cut off in its midst."""
+    operation = OPERATIONS["restore discarding"]
+    operation.prepare(subject)
+    before, let_run = picture(subject), operation.steps.index("LetRun")
+    moments = f"done:{let_run}+undone:{place}"
+    struck = subject.struck(moments, "EIO+kill-self", operation.words)
+    _, said = struck.communicate(timeout=60)
+    assert struck.returncode == -signal.SIGKILL, said
+    subject.calotype("recover", "small")
+    assert whole(subject, before, done("restore discarding")) == "before"
+    assert_data(subject, "restore", "before", wrote_on=False)
+
+
 def test_every_command_that_writes_recovers_first(subject: Subject) -> None:
     OPERATIONS["take"].prepare(subject)
     for words in (["take", "small"], ["stop", "small", "--now"], ["start", "small"]):

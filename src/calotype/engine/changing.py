@@ -16,7 +16,7 @@ from calotype.engine.execute import execute, shielded
 from calotype.engine.progress import Progress, silent
 from calotype.engine.recover import recover
 from calotype.engine.world import World
-from calotype.errors import CalotypeError, ConflictError, HostError
+from calotype.errors import CalotypeError, ConflictError, HostError, StoreError
 from calotype.model.vm import VmRecord
 from calotype.plan.recovery import OperationKind, point_of_no_return
 from calotype.plan.steps import AnyStep, CreateOverlay, ExtractInside, Step
@@ -45,11 +45,15 @@ async def changing(
     Raises:
         NotFoundError: There is no such VM.
         ConflictError: Somebody else is at it, or something could not be brought to an end.
+        StoreError: A journal was altered: nobody knows what would have to be brought to an end.
     """
     record = store.find(name)
     with store.locked(record, word):
         try:
             await shielded(recover(store, record, progress))
+        except StoreError:
+            if whole:
+                raise
         except CalotypeError as error:
             if whole:
                 raise _unfinished(record, error) from error

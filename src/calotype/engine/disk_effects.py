@@ -111,8 +111,10 @@ def record_disks(world: World, active: dict[int, Image], parent: str | None) -> 
 
 
 async def _discard_images(world: World, step: DiscardImages) -> None:
+    named = {disk.active.path for disk in world.store.record(world.record.id).disks}
     for path in step.paths:
-        Path(path).unlink(missing_ok=True)
+        if path not in named:
+            Path(path).unlink(missing_ok=True)
     for image, name in step.inside:
         await delete_inside(world, image, name)
 

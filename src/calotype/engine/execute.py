@@ -93,7 +93,8 @@ async def finish(steps: Sequence[Step], effects: Effects, world: HasPhases, note
         for step in steps:
             await _timed(step, effects, world)
     except Exception as error:
-        notes.note_unfinished((str(error),))
+        with contextlib.suppress(HostError):  # a journal without an end says the same
+            notes.note_unfinished((str(error),))
         raise
     notes.end("done")
 
@@ -117,7 +118,11 @@ async def undo(
             except (Exception, asyncio.CancelledError) as failure:  # noqa: BLE001 - the rest follows
                 reasons.append(f"undoing {type(step).__name__} failed: {failure}")
     if not reasons:
-        notes.end("undone", why)
+        try:
+            notes.end("undone", why)
+        except HostError as failure:
+            reasons.append(f"ending the journal failed: {failure}")
+    if not reasons:
         return []
     with contextlib.suppress(HostError):  # a journal without an end says the same
         notes.note_unfinished(tuple(reasons))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from calotype.errors import StoreError
 from calotype.model.vm import VmRecord
 from calotype.store import journal as journals
 from calotype.store.journal import Began, Did, Doing, Ended, Undoing, Unfinished
@@ -34,15 +35,19 @@ def history(store: Store, record: VmRecord) -> list[Past]:
     Raises:
         StoreError: A journal was altered.
     """
-    paths = [*store.history(record.id), *store.unfinished(record.id)]
-    told = (_tell(path) for path in paths)
-    return sorted((past for past in told if past is not None), key=lambda past: past.at)
+    listed = [*store.unfinished(record.id), *store.history(record.id)]  # those that end meanwhile
+    paths = {path.name: path for path in listed}  # are in both
+    return sorted(map(_tell, paths.values()), key=lambda past: past.at)
 
 
-def _tell(path: Path) -> Past | None:
-    entries = journals.read(path)
-    if not entries:
-        return None
+def _tell(path: Path) -> Past:
+    try:
+        entries = journals.read(path)
+    except StoreError:
+        ended = path.parent.parent / "history" / path.name
+        if path.exists() or not ended.exists():
+            raise
+        path, entries = ended, journals.read(ended)
     began = entries[0]
     assert isinstance(began, Began)
     names = [type(step).__name__ for step in began.steps]

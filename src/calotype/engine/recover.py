@@ -42,13 +42,10 @@ async def recover(store: Store, record: VmRecord, progress: Progress = silent) -
         ConflictError: Something cannot be undone or finished now; it can be tried again.
         StoreError: A journal was altered.
     """
-    recovered = []
-    for path in store.unfinished(record.id):
-        entries = journals.read(path)
-        if not entries:
-            path.unlink()  # its first entry was being written: nothing had begun
-            continue
-        recovered.append(await _end(store, path, entries, progress))
+    recovered = [
+        await _end(store, path, journals.read(path), progress)
+        for path in store.unfinished(record.id)
+    ]
     await _sweep(store, record)
     return recovered
 
@@ -64,9 +61,9 @@ async def _end(
     world.is_settled = any(isinstance(began.steps[place], PassInstant) for place in journal.done)
     plan = plan_recovery(began.operation, began.steps, _look(world, journal))
     progress("recovering", 0, 0)
-    if plan.undo or not plan.finish:
+    if plan.undo or journal.doing < 0:
         await _undo(world, journal, plan)
-        return Recovered(began, "undone" if plan.undo else "finished")
+        return Recovered(began, "undone")
     await finish(plan.finish, EFFECTS, world, journal)
     return Recovered(began, "finished")
 
@@ -81,13 +78,11 @@ def _look(world: World, journal: Journal) -> Sight:
         is_committed=store.has_manifest(world.record.id, began.snapshot),
         is_recorded=all(recorded.items() >= active.items() for active in wanted),
         qemu_runs=world.qemu is not None,
+        is_undoing=journal.is_undoing,
     )
 
 
 async def _undo(world: World, journal: Journal, plan: Recovery) -> None:
-    if not plan.undo:
-        journal.end("done" if journal.doing >= 0 else "undone", "cut off")
-        return
     why = "cut off: its process died"
     reasons = await undo(journal.began.steps[: plan.undo], EFFECTS, world, journal, why)
     if reasons:

@@ -12,6 +12,8 @@ restore    the guest was let run; or the record names the new images and QEMU ho
 start      the guest was let run
 delete     the first manifest is gone
 =========  =====================================================================================
+
+An undo that was begun is gone on with: past a point of no return too, a step can have failed.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,6 +36,8 @@ class Sight(Struct, frozen=True):
     is_recorded: bool
     """Whether the record names the images that a restore was to put the VM on."""
     qemu_runs: bool
+    is_undoing: bool = False
+    """Whether somebody had begun to undo it: what is half undone cannot be finished any more."""
 
 
 class Recovery(Struct, frozen=True):
@@ -51,7 +55,7 @@ def plan_recovery(kind: OperationKind, steps: tuple[AnyStep, ...], sight: Sight)
         steps: All of its steps.
         sight: What was found.
     """
-    if not _IS_PAST_RETURN[kind](steps, sight):
+    if sight.is_undoing or not _IS_PAST_RETURN[kind](steps, sight):
         return Recovery(undo=sight.begun)
     first = 0 if kind == "delete" else max(0, sight.begun - 1)
     left = steps[first:] if kind != "take" else ()

@@ -19,6 +19,8 @@ _ESTABLISHED = 1 << 1
 _SHOW_VFS, _SHOW_PEER = 0x02, 0x04
 _VFS, _PEER = 1, 2
 
+_PATIENCE_S = 1.0
+
 _HEADER = struct.Struct("=IHHII")
 """nlmsghdr: length, type, flags, sequence, port."""
 _QUESTION = struct.Struct("=BBHIIIII")
@@ -38,7 +40,7 @@ def clients(path: Path) -> list[int]:
     try:
         inode = path.stat().st_ino & 0xFFFFFFFF
         peers = {f"socket:[{peer}]" for peer in _peers(inode)}
-    except OSError:
+    except (OSError, struct.error):
         return []
     return sorted(pid for pid in _holders(peers) if pid != os.getpid())
 
@@ -52,9 +54,10 @@ def _peers(inode: int) -> Iterator[int]:
         _HEADER.size + len(question), _SOCK_DIAG_BY_FAMILY, _REQUEST_AND_DUMP, 1, 0
     )
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as kernel:
+        kernel.settimeout(_PATIENCE_S)
         kernel.sendall(header + question)
-        while True:
-            for kind, message in _messages(kernel.recv(1 << 16)):
+        while data := kernel.recv(1 << 16):
+            for kind, message in _messages(data):
                 if kind != _SOCK_DIAG_BY_FAMILY:
                     return
                 told = dict(_attributes(message[_ANSWER_BYTES:]))

@@ -5,11 +5,13 @@ One file for each operation, below the VM's folder::
     journal/ID.jsonl        the operation is under way, or was cut off
     history/ID.jsonl        it has ended; the rename from the one to the other is its end
 
-A file is a line for each entry: a digest of the rest of the line, a blank, and JSON. The first
-entry (`Began`) holds all steps, each of which names everything that undoing it needs; then comes a
-`Doing` before each effect. A last line that is cut short was being written when its writer died:
-its effect had not begun, and it is passed over. Any other line that is not what its digest says
-makes the journal untrue, and nothing is done by it.
+A file is a line for each entry: a digest, a blank, and JSON. The digest is of the JSON and of the
+digest in the line before, so that no line can be altered, left out or put elsewhere unnoticed. The
+first entry (`Began`) holds all steps, each of which names everything that undoing it needs; it is
+there as a whole, or there is no journal. Then comes a `Doing` before each effect. A last line that
+is cut short was being written when its writer died: its effect had not begun, and it is passed
+over. Any other line that is not what its digest says makes the journal untrue, and nothing is done
+by it.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import errno
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -27,7 +30,12 @@ from calotype.errors import HostError, StoreError
 from calotype.model.vm import Process, VmRecord
 from calotype.plan.recovery import OperationKind
 from calotype.plan.steps import AnyStep
-from calotype.store.files import create_private, host_errors, make_private_directory, sync_directory
+from calotype.store.files import (
+    host_errors,
+    make_private_directory,
+    sync_directory,
+    write_atomically,
+)
 
 SUFFIX = ".jsonl"
 _DIGEST_LENGTH = 16
@@ -103,6 +111,10 @@ class Journal:
         """The last step that was begun."""
         self.done: frozenset[int] = frozenset()
         """The steps that an earlier writer is known to have done."""
+        self.is_undoing = False
+        """Whether an earlier writer had begun to undo it."""
+        self._digest = b""
+        """Of the last line."""
 
     @classmethod
     def begin(cls, folder: Path, began: Began) -> "Journal":
@@ -114,13 +126,9 @@ class Journal:
         journal = cls(folder / "journal" / f"{began.id}{SUFFIX}", began)
         make_private_directory(journal.path.parent)
         make_private_directory(folder / "history")
-        os.close(create_private(journal.path))
-        try:
-            journal._write(began)
-        except HostError:
-            journal.path.unlink()
-            raise
-        sync_directory(journal.path.parent)
+        line = journal._line(began)
+        write_atomically(journal.path, line)
+        journal._digest = _digest_in(line)
         return journal
 
     @classmethod
@@ -131,9 +139,11 @@ class Journal:
             (entry.step for entry in entries if isinstance(entry, Doing)), default=-1
         )
         journal.done = frozenset(entry.step for entry in entries if isinstance(entry, Did))
+        journal.is_undoing = any(isinstance(entry, Undoing) for entry in entries)
         with host_errors(path):
             whole = path.read_bytes().rpartition(b"\n")[0]
             os.truncate(path, len(whole) + 1)
+        journal._digest = _digest_in(whole.rpartition(b"\n")[2])
         return journal
 
     def note_doing(self, step: int) -> None:
@@ -166,8 +176,7 @@ class Journal:
         sync_directory(self.path.parent)
 
     def _write(self, entry: Entry, *, durable: bool = True) -> None:
-        text = msgspec.json.encode(entry)
-        line = f"{_digest(text)} ".encode() + text + b"\n"
+        line = self._line(entry)
         with host_errors(self.path):
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             try:
@@ -175,10 +184,16 @@ class Journal:
                 if os.write(fd, line) != len(line):
                     os.ftruncate(fd, size_bytes)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._digest = _digest_in(line)
                 if durable:
                     os.fdatasync(fd)
             finally:
                 os.close(fd)
+
+    def _line(self, entry: Entry) -> bytes:
+        """The line that an entry would be, were it the next."""
+        text = msgspec.json.encode(entry)
+        return _digest_of(self._digest, text) + b" " + text + b"\n"
 
 
 def read(path: Path) -> tuple[Entry, ...]:
@@ -188,7 +203,7 @@ def read(path: Path) -> tuple[Entry, ...]:
         StoreError: It was altered, or is none.
     """
     try:
-        *lines, _cut_short = path.read_bytes().split(b"\n")
+        *lines, cut_short = path.read_bytes().split(b"\n")
     except OSError as error:
         raise StoreError(
             f"cannot read {path}: {error.strerror}",
@@ -196,18 +211,19 @@ def read(path: Path) -> tuple[Entry, ...]:
             path=str(path),
         ) from error
     entries = tuple(_entries(path, lines))
-    if entries and not isinstance(entries[0], Began):
+    if not entries or not isinstance(entries[0], Began):
         raise _untrue(path, 1)
+    if _follows(cut_short[:-1], lines[-1]):  # it is whole: something is where its end should be
+        raise _untrue(path, len(lines) + 1)
     return entries
 
 
 def _entries(path: Path, lines: list[bytes]) -> Iterator[Entry]:
-    for number, line in enumerate(lines, 1):
-        digest, _, text = line.partition(b" ")
-        if digest.decode(errors="replace") != _digest(text):
+    for number, (before, line) in enumerate(pairwise([b"", *lines]), 1):
+        if not _follows(line, before):
             raise _untrue(path, number)
         try:
-            yield msgspec.json.decode(text, type=Entry)
+            yield msgspec.json.decode(line.partition(b" ")[2], type=Entry)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             raise _untrue(path, number) from error
 
@@ -221,8 +237,18 @@ def _untrue(path: Path, number: int) -> StoreError:
     )
 
 
-def _digest(text: bytes) -> str:
-    return blake3(text).hexdigest(_DIGEST_LENGTH // 2)
+def _follows(line: bytes, before: bytes) -> bool:
+    """Whether *line* is what was written after the line *before*."""
+    text = line.partition(b" ")[2]
+    return _digest_in(line) == _digest_of(_digest_in(before), text)
+
+
+def _digest_in(line: bytes) -> bytes:
+    return line.partition(b" ")[0]
+
+
+def _digest_of(before: bytes, text: bytes) -> bytes:
+    return blake3(before + text).hexdigest(_DIGEST_LENGTH // 2).encode()
 
 
 def _now() -> str:

@@ -352,7 +352,15 @@ def _opened_lock(path: Path) -> TextIO:
 
 def _journals(folder: Path) -> list[Path]:
     found = folder.glob("*.jsonl") if folder.is_dir() else ()
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return sorted(found, key=lambda path: (_written_ns(path), path.name))
+
+
+def _written_ns(path: Path) -> int:
+    """When a file was written; 0 where it is gone: its operation has ended meanwhile."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _start_ticks() -> str:

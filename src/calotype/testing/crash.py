@@ -3,6 +3,7 @@
     python -m calotype.testing.crash MOMENT DEED [--without STEP,...] WORDS...
 
 The command is the real one, in a process of its own, on a real QEMU; only the moment is chosen.
+Two moments with a deed each are joined by `+`, and so are their deeds.
 
 =================  ==============================================================================
 moment             when
@@ -106,20 +107,23 @@ DEEDS: dict[str, Callable[[], None]] = {
 }
 
 
-class Striker:
-    """Does its deed once, at its moment."""
+def _deed(words: str) -> Callable[[], None]:
+    word, _, descriptor = words.partition(":")
+    return partial(_ask, int(descriptor)) if word == "ask" else DEEDS[words]
 
-    def __init__(self, moment: str, deed: str) -> None:
-        self._moment = moment
-        word, _, descriptor = deed.partition(":")
-        self._deed = partial(_ask, int(descriptor)) if word == "ask" else DEEDS[deed]
+
+class Striker:
+    """Does each deed once, at its moment."""
+
+    def __init__(self, moments: str, deeds: str) -> None:
+        listed = map(_deed, deeds.split("+"))
+        self._deeds = dict(zip(moments.split("+"), listed, strict=True))
         self._undos = 0
 
     def reach(self, moment: str) -> None:
         """Say that a moment has come."""
-        if moment == self._moment:
-            self._moment = ""
-            self._deed()
+        if deed := self._deeds.pop(moment, None):
+            deed()
 
     def watch_journal(self) -> None:
         """Reach `doing` and `done`."""

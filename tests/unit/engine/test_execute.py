@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from calotype.engine.execute import execute
+from calotype.engine.execute import execute, finish, undo
 from calotype.engine.world import Effect, Effects
 from calotype.errors import HostError, QemuError
 from calotype.plan.steps import Step
@@ -63,11 +63,12 @@ class World:
 
 
 class Notebook:
-    """A journal in memory: an entry each, as a tuple of words."""
+    """A journal in memory: an entry each, as words; what is in *refused* finds the disk full."""
 
-    def __init__(self, failing: BaseException | None = None) -> None:
+    def __init__(self, *refused: str, said: list[str] | None = None) -> None:
         self.entries: list[tuple[object, ...]] = []
-        self.failing = failing
+        self.refused = refused
+        self.said = [] if said is None else said
 
     def note_doing(self, step: int) -> None:
         self._note("doing", step)
@@ -86,8 +87,9 @@ class Notebook:
         self._note("end", outcome, error)
 
     def _note(self, *words: object) -> None:
-        if self.failing is not None:
-            raise self.failing
+        self.said.append(" ".join(map(str, words)))
+        if words[0] in self.refused or self.said[-1] in self.refused:
+            raise HostError("no space")
         self.entries.append(words)
 
 
@@ -258,3 +260,161 @@ async def test_a_cancellation_raised_by_undoing_does_not_stop_the_rest() -> None
     with pytest.raises(QemuError):
         await execute(ALL, EFFECTS, world, Notebook())
     assert world.done()[-2:] == ["undo_two", "undo_one"]
+
+
+# --- notes ---------------------------------------------------------------------------------------
+
+
+async def test_what_is_about_to_happen_is_noted_before_it_does_and_the_end_last() -> None:
+    world = World()
+    await execute((One(), Two()), EFFECTS, world, Notebook(said=world.said))
+    assert world.said == [
+        "doing 0", "do_one begins", "do_one", "done 0",
+        "doing 1", "do_two begins", "do_two", "done 1",
+        "end done ",
+    ]  # fmt: skip
+
+
+async def test_an_undo_is_noted_before_it_begins_and_its_end_last() -> None:
+    world = World(do_two=QemuError("it broke"))
+    with pytest.raises(QemuError):
+        await execute(ALL, EFFECTS, world, Notebook(said=world.said))
+    assert world.said[world.said.index("do_two begins") :] == [
+        "do_two begins",
+        "undoing it broke", "undo_two begins", "undo_two", "undo_one begins", "undo_one",
+        "end undone it broke",
+    ]  # fmt: skip
+
+
+async def test_what_cannot_all_be_undone_is_noted_and_has_no_end() -> None:
+    world, notes = World(do_two=QemuError("it broke"), undo_one=HostError("no space")), Notebook()
+    with pytest.raises(QemuError):
+        await execute(ALL, EFFECTS, world, notes)
+    assert notes.entries[-2:] == [
+        ("undoing", "it broke"),
+        ("unfinished", "undoing One failed: no space"),
+    ]
+
+
+async def test_an_error_without_words_is_noted_by_its_kind() -> None:
+    notes = Notebook()
+    with pytest.raises(KeyboardInterrupt):
+        await execute(ALL, EFFECTS, World(do_one=KeyboardInterrupt()), notes)
+    assert ("undoing", "KeyboardInterrupt") in notes.entries
+
+
+async def test_what_cannot_be_noted_does_not_happen() -> None:
+    world = World()
+    with pytest.raises(HostError):
+        await execute(ALL, EFFECTS, world, Notebook("doing 1"))
+    assert world.done() == ["do_one", "undo_one"]
+
+
+async def test_a_step_that_cannot_be_noted_as_done_is_undone() -> None:
+    world = World()
+    with pytest.raises(HostError):
+        await execute(ALL, EFFECTS, world, Notebook("done"))
+    assert world.done() == ["do_one", "undo_one"]
+
+
+FULL = [("undoing",), ("unfinished",), ("end",), ("undoing", "unfinished", "end")]
+
+
+@pytest.mark.parametrize("refused", FULL)
+async def test_a_full_disk_keeps_nothing_from_being_undone(refused: tuple[str, ...]) -> None:
+    error = QemuError("it broke")
+    world, notes = World(do_three=error), Notebook(*refused)
+    with pytest.raises(QemuError) as caught:
+        await execute(ALL, EFFECTS, world, notes)
+    assert caught.value is error
+    assert world.done()[-3:] == ["undo_three", "undo_two", "undo_one"]
+    has_end = ("end", "undone", "it broke") in notes.entries
+    assert has_end == ("end" not in refused)
+    assert getattr(error, "__notes__", []) == (
+        [] if has_end else ["ending the journal failed: no space"]
+    )
+
+
+@pytest.mark.parametrize("refused", FULL)
+async def test_a_full_disk_hides_no_failure_of_undoing(refused: tuple[str, ...]) -> None:
+    world = World(undo_two=RuntimeError("a bug"))
+    reasons = await undo(ALL, EFFECTS, world, Notebook(*refused), "it broke")
+    assert reasons == ["undoing Two failed: a bug"]
+    assert world.done() == ["undo_three", "undo_one"]
+
+
+# --- the point of no return ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failing", "no_return", "is_undone"),
+    [
+        ("do_one", 0, False),
+        ("do_one", 1, True),
+        ("do_two", 1, False),
+        ("do_two", 2, True),
+        ("do_three", 2, False),
+        ("do_three", 3, True),
+        ("do_three", None, True),
+    ],
+)
+async def test_from_the_point_of_no_return_on_nothing_is_undone(
+    failing: str, no_return: int | None, is_undone: bool
+) -> None:
+    error = QemuError("it broke")
+    world, notes = World(**{failing: error}), Notebook()
+    with pytest.raises(QemuError) as caught:
+        await execute(ALL, EFFECTS, world, notes, no_return)
+    assert caught.value is error
+    assert any(word.startswith("undo") for word in world.said) == is_undone
+    if is_undone:
+        assert notes.entries[-1] == ("end", "undone", "it broke")
+    else:
+        assert notes.entries[-1] == ("unfinished", "it broke")
+        assert "`calotype recover` finishes it" in error.__notes__[0]
+
+
+async def test_past_the_point_of_no_return_a_full_disk_does_not_hide_the_error() -> None:
+    error = QemuError("it broke")
+    with pytest.raises(QemuError) as caught:
+        await execute(ALL, EFFECTS, World(do_one=error), Notebook("unfinished"), 0)
+    assert caught.value is error
+
+
+async def test_past_the_point_of_no_return_an_interrupted_step_is_left_to_be_finished() -> None:
+    world, notes, gate = World(), Notebook(), Gate()
+    world.during["do_two"] = gate
+    task = asyncio.create_task(execute(ALL, EFFECTS, world, notes, 1))
+    await gate.reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert world.done() == ["do_one"]
+    assert notes.entries[-1][0] == "unfinished"
+
+
+# --- finish --------------------------------------------------------------------------------------
+
+
+async def test_what_is_left_is_finished_in_order_and_ended() -> None:
+    world, notes = World(), Notebook()
+    await finish((Two(), Final()), EFFECTS, world, notes)
+    assert world.done() == ["do_two", "do_final"]
+    assert notes.entries == [("end", "done", "")]
+
+
+async def test_a_step_that_cannot_be_finished_stays_unfinished_and_nothing_is_undone() -> None:
+    error = QemuError("it broke")
+    world, notes = World(do_two=error), Notebook()
+    with pytest.raises(QemuError) as caught:
+        await finish(ALL, EFFECTS, world, notes)
+    assert caught.value is error
+    assert world.done() == ["do_one"]
+    assert notes.entries == [("unfinished", "it broke")]
+
+
+async def test_a_full_disk_does_not_hide_why_a_step_cannot_be_finished() -> None:
+    error = QemuError("it broke")
+    with pytest.raises(QemuError) as caught:
+        await finish(ALL, EFFECTS, World(do_one=error), Notebook("unfinished"))
+    assert caught.value is error

@@ -1,0 +1,148 @@
+"""An instant is undone as far as it happened: the guest first, then each disk by what is found."""
+
+from typing import get_args
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from builders import SNAPSHOT, disk_path
+from calotype.model import names
+from calotype.model.vm import Image
+from calotype.plan.abandon import OverlaySight, Qemu, plan_abandon
+from calotype.plan.steps import (
+    DeleteMade,
+    EndPause,
+    MergeBack,
+    MergeBackOffline,
+    PassInstant,
+    SnapshotInside,
+    Step,
+    StorageAction,
+    SwitchToOverlay,
+)
+
+
+def switch(index: int) -> SwitchToOverlay:
+    base = Image(disk_path(index), "qcow2")
+    overlay = names.overlay_path(base.path, SNAPSHOT)
+    return SwitchToOverlay(
+        f"#block{index}", f"node{index}", overlay, base, 0o640 + index, f"job{index}"
+    )
+
+
+def inside(index: int) -> SnapshotInside:
+    name = names.internal_name(SNAPSHOT)
+    return SnapshotInside(f"#block{index}", name, Image(disk_path(index), "qcow2"))
+
+
+def instant(*actions: StorageAction, was_running: bool = True) -> PassInstant:
+    return PassInstant("live", was_running, 1, actions, 2000.0, "graph")
+
+
+def merged(index: int) -> MergeBack:
+    action = switch(index)
+    return MergeBack(action.overlay, action.base, action.base_mode, action.merge_job)
+
+
+def merged_offline(index: int) -> MergeBackOffline:
+    action = switch(index)
+    return MergeBackOffline(action.overlay, action.base, action.base_mode)
+
+
+def deleted(index: int) -> DeleteMade:
+    return DeleteMade(inside(index).image, inside(index).name)
+
+
+IN_USE, IDLE = OverlaySight(in_use=True), OverlaySight(in_use=False)
+
+RUN_STATES = [
+    # who runs the VM, whether it ran before, whether the pause is known to be over -> what is done
+    ("same", True, False, (EndPause(True),)),
+    ("same", True, True, (EndPause(False),)),
+    ("same", False, False, (EndPause(False),)),
+    ("same", False, True, (EndPause(False),)),
+    ("other", True, False, ()),
+    ("other", False, True, ()),
+    ("gone", True, False, ()),
+    ("gone", False, True, ()),
+]
+
+
+@pytest.mark.parametrize(("qemu", "was_running", "settled", "plan"), RUN_STATES)
+def test_the_guest_is_let_run_only_if_the_pause_was_ours_and_may_not_be_over(
+    qemu: Qemu, was_running: bool, settled: bool, plan: tuple[Step, ...]
+) -> None:
+    passed = instant(was_running=was_running)
+    assert plan_abandon(passed, qemu, {}, settled=settled) == plan
+
+
+OVERLAYS = [
+    # who runs the VM, what is found of the overlay -> what is done about it
+    ("same", None, ()),
+    ("same", IDLE, ()),
+    ("same", IN_USE, (merged(0),)),
+    ("other", None, ()),
+    ("other", IDLE, ()),
+    ("other", IN_USE, (merged(0),)),
+    ("gone", None, ()),
+    ("gone", IDLE, (merged_offline(0),)),
+]
+
+
+@pytest.mark.parametrize(("qemu", "sight", "plan"), OVERLAYS)
+def test_an_overlay_is_merged_back_by_whoever_has_it(
+    qemu: Qemu, sight: OverlaySight | None, plan: tuple[Step, ...]
+) -> None:
+    overlays = {} if sight is None else {switch(0).overlay: sight}
+    done = plan_abandon(instant(switch(0)), qemu, overlays, settled=True)
+    assert tuple(step for step in done if not isinstance(step, EndPause)) == plan
+
+
+@pytest.mark.parametrize("qemu", get_args(Qemu))
+def test_an_internal_snapshot_is_deleted_whoever_runs(qemu: Qemu) -> None:
+    assert plan_abandon(instant(inside(0)), qemu, {}, settled=True)[-1] == deleted(0)
+
+
+def test_the_guest_comes_first_and_then_the_disks_newest_first() -> None:
+    overlays = {switch(0).overlay: IN_USE, switch(2).overlay: IN_USE}
+    passed = instant(switch(0), inside(1), switch(2), inside(3))
+    assert plan_abandon(passed, "same", overlays, settled=False) == (
+        EndPause(True), deleted(3), merged(2), deleted(1), merged(0),
+    )  # fmt: skip
+
+
+def test_each_overlay_is_judged_on_its_own() -> None:
+    overlays = {switch(0).overlay: IN_USE, switch(1).overlay: IDLE}
+    passed = instant(switch(0), switch(1), switch(2))
+    assert plan_abandon(passed, "same", overlays, settled=True) == (EndPause(False), merged(0))
+
+
+ACTIONS = st.lists(st.integers(0, 7), unique=True, max_size=6).flatmap(
+    lambda places: st.tuples(*(st.sampled_from([switch(at), inside(at)]) for at in places))
+)
+
+
+@given(ACTIONS, st.sampled_from(get_args(Qemu)), st.booleans(), st.booleans(), st.data())
+def test_no_overlay_is_merged_twice_and_none_is_passed_over_that_a_guest_writes_to(
+    actions: tuple[StorageAction, ...],
+    qemu: Qemu,
+    was_running: bool,
+    settled: bool,
+    data: st.DataObject,
+) -> None:
+    in_use = st.just(IDLE) if qemu == "gone" else st.sampled_from([IN_USE, IDLE])
+    paths = [action.overlay for action in actions if isinstance(action, SwitchToOverlay)]
+    overlays = {path: data.draw(in_use) for path in paths if data.draw(st.booleans())}
+    passed = instant(*actions, was_running=was_running)
+    plan = plan_abandon(passed, qemu, overlays, settled=settled)
+
+    ends = [place for place, step in enumerate(plan) if isinstance(step, EndPause)]
+    assert ends == ([0] if qemu == "same" else [])
+    live = [step.overlay for step in plan if isinstance(step, MergeBack)]
+    offline = [step.overlay for step in plan if isinstance(step, MergeBackOffline)]
+    assert len(live + offline) == len({*live, *offline})
+    assert set(live) == {path for path, sight in overlays.items() if sight.in_use}
+    assert set(offline) == (set(overlays) if qemu == "gone" else set())
+    made = [step for step in plan if isinstance(step, DeleteMade)]
+    assert len(made) == len(actions) - len(paths)

@@ -1,0 +1,317 @@
+"""The guard, as the real process, between a QEMU that is played here and an owner that is too."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from calotype import guard
+from calotype.guard import ARMED, READY, STAND_DOWN, STEADY
+
+pytestmark = pytest.mark.timeout(60)
+
+GREETING = {"QMP": {"version": {}, "capabilities": ["oob"]}}
+EVENT = {"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}
+PATIENCE_S = 20.0
+NEGOTIATED = ["qmp_capabilities"]
+
+
+class Qemu:
+    """A monitor with a guest behind it, which stands still.
+
+    Args:
+        status: The run state at first.
+        late_stops: After how many looks in all a `stop` that was sent earlier takes effect.
+        refused: How many times `cont` is refused.
+    """
+
+    def __init__(
+        self, *, status: str = "paused", late_stops: Sequence[int] = (), refused: int = 0
+    ) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.settimeout(PATIENCE_S)
+        self.status = status
+        self.late_stops = late_stops
+        self.refused = refused
+        self.greeting = GREETING
+        self.asked: list[str] = []
+        self.statuses: list[str] = []
+        self.dies_at = ""
+        self.last_words = b""
+        self._serving = threading.Thread(target=self._serve, daemon=True)
+
+    def start(self) -> None:
+        self._serving.start()
+
+    def end(self) -> None:
+        """Wait until the guard has hung up."""
+        self._serving.join(PATIENCE_S)
+        assert not self._serving.is_alive()
+
+    def _serve(self) -> None:
+        with self.ours, suppress(OSError):
+            self._say(self.greeting)
+            for line in self.ours.makefile("rb"):
+                command = json.loads(line)["execute"]
+                self.asked.append(command)
+                if command == self.dies_at:
+                    self.ours.sendall(self.last_words)
+                    return
+                self._say(EVENT)
+                self._say(self._answer(command))
+
+    def _say(self, message: Any) -> None:
+        self.ours.sendall(json.dumps(message).encode() + b"\r\n")
+
+    def _answer(self, command: str) -> dict[str, Any]:
+        if command == "cont" and self.refused:
+            self.refused -= 1
+            return {"error": {"class": "GenericError", "desc": "not now"}}
+        if command == "cont":
+            self.status = "running"
+        if command == "query-status":
+            if len(self.statuses) in self.late_stops:
+                self.status = "paused"
+            self.statuses.append(self.status)
+            return {"return": {"status": self.status, "running": self.status == "running"}}
+        return {"return": {}}
+
+
+class Owner:
+    """The one who takes the snapshot, and the guard that it has posted."""
+
+    def __init__(self, qemu: Qemu) -> None:
+        self.line, theirs = socket.socketpair()
+        self.line.settimeout(PATIENCE_S)
+        descriptors = (qemu.theirs.fileno(), theirs.fileno())
+        self.guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, *map(str, descriptors)],
+            pass_fds=descriptors,
+            stderr=subprocess.PIPE,
+        )
+        theirs.close()
+        qemu.theirs.close()
+
+    def arm(self, limit_s: float = PATIENCE_S) -> None:
+        assert self.line.recv(64) == READY
+        self.line.sendall(guard.ARM.format(seconds=limit_s).encode())
+        assert self.line.recv(64) == ARMED
+
+    def hang_up(self) -> None:
+        self.line.close()
+
+
+Posted = Callable[[Qemu], Owner]
+
+
+@pytest.fixture
+def posted() -> Iterator[Posted]:
+    """Post a guard before a QEMU; both are ended in the end."""
+    owners = []
+
+    def post(qemu: Qemu) -> Owner:
+        owner = Owner(qemu)
+        owners.append(owner)
+        qemu.start()
+        return owner
+
+    yield post
+    for owner in owners:
+        owner.hang_up()
+        owner.guard.kill()
+        owner.guard.communicate(timeout=PATIENCE_S)
+
+
+def assert_quiet_end(owner: Owner, qemu: Qemu) -> None:
+    """The guard has ended, and had nothing to complain of."""
+    assert owner.guard.stderr
+    assert owner.guard.wait(PATIENCE_S) == 0, owner.guard.stderr.read()
+    assert owner.guard.stderr.read() == b""
+    qemu.end()
+
+
+def assert_rescued(qemu: Qemu) -> None:
+    """The save was cancelled first, and the guest was seen to run several times in a row."""
+    assert qemu.asked[: len(NEGOTIATED) + 1] == [*NEGOTIATED, "migrate_cancel"]
+    assert qemu.statuses[-STEADY:] == ["running"] * STEADY
+    assert qemu.status == "running"
+
+
+# --- it stays out of the way ---------------------------------------------------------------------
+
+
+def test_an_owner_that_is_gone_before_the_pause_leaves_nothing_to_do(posted: Posted) -> None:
+    qemu = Qemu(status="running")
+    owner = posted(qemu)
+    assert owner.line.recv(64) == READY
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    assert qemu.asked == NEGOTIATED
+
+
+def test_who_says_anything_else_arms_nothing(posted: Posted) -> None:
+    qemu = Qemu(status="running")
+    owner = posted(qemu)
+    owner.line.sendall(b"HELLO\n")
+    assert_quiet_end(owner, qemu)
+    assert qemu.asked == NEGOTIATED
+
+
+def test_who_is_told_to_stand_down_does(posted: Posted) -> None:
+    qemu = Qemu()
+    owner = posted(qemu)
+    owner.arm()
+    owner.line.sendall(STAND_DOWN)
+    assert_quiet_end(owner, qemu)
+    assert qemu.asked == NEGOTIATED
+
+
+def test_an_owner_that_hangs_up_after_it_stood_the_guard_down_is_no_alarm(posted: Posted) -> None:
+    qemu = Qemu()
+    owner = posted(qemu)
+    owner.arm()
+    owner.line.sendall(STAND_DOWN)
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    assert qemu.asked == NEGOTIATED
+
+
+def test_a_guard_that_is_armed_asks_nothing_before_its_time(posted: Posted) -> None:
+    qemu = Qemu()
+    owner = posted(qemu)
+    owner.arm()
+    time.sleep(0.1)
+    assert qemu.asked == NEGOTIATED
+    assert owner.guard.poll() is None
+
+
+# --- it acts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["paused", "postmigrate", "finish-migrate", "prelaunch"])
+def test_the_guest_of_an_owner_that_is_gone_is_let_run(posted: Posted, status: str) -> None:
+    qemu = Qemu(status=status)
+    owner = posted(qemu)
+    owner.arm()
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    assert_rescued(qemu)
+    assert qemu.asked.count("cont") == 1
+
+
+def test_an_owner_that_is_killed_is_gone(posted: Posted) -> None:
+    qemu = Qemu()
+    owner = posted(qemu)
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[owner.line.fileno()])
+    owner.arm()
+    owner.hang_up()
+    time.sleep(0.1)
+    assert qemu.asked == NEGOTIATED, "somebody still holds the line"
+    child.kill()
+    child.wait(PATIENCE_S)
+    assert_quiet_end(owner, qemu)
+    assert_rescued(qemu)
+
+
+def test_a_deadline_that_passes_ends_the_pause_of_an_owner_that_hangs(posted: Posted) -> None:
+    qemu = Qemu()
+    owner = posted(qemu)
+    owner.arm(0.05)
+    assert_quiet_end(owner, qemu)
+    assert_rescued(qemu)
+
+
+def test_a_word_that_is_no_order_to_stand_down_is_an_alarm(posted: Posted) -> None:
+    qemu = Qemu()
+    owner = posted(qemu)
+    owner.arm()
+    owner.line.sendall(b"STAND\n")
+    assert_quiet_end(owner, qemu)
+    assert_rescued(qemu)
+
+
+def test_a_guest_that_runs_is_watched_and_not_touched_but_for_its_save(posted: Posted) -> None:
+    qemu = Qemu(status="running")
+    owner = posted(qemu)
+    owner.arm(0.05)
+    assert_quiet_end(owner, qemu)
+    assert qemu.asked == [*NEGOTIATED, "migrate_cancel", *["query-status"] * STEADY]
+
+
+@pytest.mark.parametrize("late_stops", [(1,), (2,), (STEADY,), (1, 2, 3), (2, 4 + STEADY)])
+def test_a_stop_that_takes_effect_late_does_not_have_the_last_word(
+    posted: Posted, late_stops: Sequence[int]
+) -> None:
+    qemu = Qemu(late_stops=late_stops)
+    owner = posted(qemu)
+    owner.arm()
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    assert_rescued(qemu)
+    assert qemu.asked.count("cont") == 1 + len([at for at in late_stops if at < len(qemu.statuses)])
+
+
+def test_a_save_is_cancelled_before_each_time_that_the_guest_is_let_run(posted: Posted) -> None:
+    qemu = Qemu(late_stops=(2, 4))
+    owner = posted(qemu)
+    owner.arm(0.05)
+    assert_quiet_end(owner, qemu)
+    before = [qemu.asked[at - 1] for at, command in enumerate(qemu.asked) if command == "cont"]
+    assert before == ["migrate_cancel"] * 3
+
+
+def test_it_asks_again_where_qemu_refuses(posted: Posted) -> None:
+    qemu = Qemu(refused=3)
+    owner = posted(qemu)
+    owner.arm(0.05)
+    assert_quiet_end(owner, qemu)
+    assert_rescued(qemu)
+    assert qemu.asked.count("cont") == 4
+
+
+def test_a_guest_that_does_not_stand_still_for_our_sake_is_left_alone(posted: Posted) -> None:
+    qemu = Qemu(status="io-error")
+    owner = posted(qemu)
+    owner.arm(0.01)
+    time.sleep(0.4)
+    looks = len(qemu.statuses)
+    qemu.ours.shutdown(socket.SHUT_RDWR)
+    assert_quiet_end(owner, qemu)
+    assert "cont" not in qemu.asked
+    assert 0 < looks < 100, "it did nothing but ask"
+
+
+# --- QEMU is gone --------------------------------------------------------------------------------
+
+
+def test_a_qemu_that_is_gone_before_it_greets_is_not_guarded(posted: Posted) -> None:
+    qemu = Qemu()
+    qemu.ours.close()
+    owner = posted(qemu)
+    assert_quiet_end(owner, qemu)
+    assert owner.line.recv(64) == b""
+
+
+@pytest.mark.parametrize("command", ["migrate_cancel", "query-status", "cont"])
+def test_a_qemu_that_dies_under_its_hands_is_its_end(posted: Posted, command: str) -> None:
+    qemu = Qemu()
+    qemu.dies_at = command
+    owner = posted(qemu)
+    owner.arm(0.01)
+    assert_quiet_end(owner, qemu)
+    assert qemu.asked[-1] == command
+
+
+def test_a_qemu_that_dies_in_the_middle_of_a_word_is_its_end(posted: Posted) -> None:
+    qemu = Qemu()
+    qemu.dies_at, qemu.last_words = "query-status", b'{"return": {"sta'
+    owner = posted(qemu)
+    owner.arm(0.01)
+    assert_quiet_end(owner, qemu)
