@@ -276,6 +276,6 @@ def make_began(**changes: Any) -> Began:
         owner=Process(41, 4100),
         qemu=Process(42, 4200),
         record=make_record(),
-        steps=(MakeSnapshotFolder(SNAPSHOT), AwaitSave(1 << 20), Commit(SNAPSHOT)),
+        steps=(MakeSnapshotFolder(SNAPSHOT), AwaitSave(SNAPSHOT, 1 << 20), Commit(SNAPSHOT)),
     )
     return _changed(began, changes)

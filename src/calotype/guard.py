@@ -115,10 +115,10 @@ def is_recorded(switch: dict[str, str]) -> bool:
     """Whether the record names the image below as the newest of some disk."""
     try:
         with open(switch["record"], "rb") as file:  # noqa: PTH123 - pathlib takes time to import
-            record = json.load(file)
-    except (OSError, ValueError):
+            disks = json.load(file)["disks"]
+        return any(disk["active"]["path"] == switch["base"] for disk in disks)
+    except (OSError, ValueError, LookupError, TypeError):  # a damaged one names nothing
         return False
-    return any(disk["active"]["path"] == switch["base"] for disk in record["disks"])
 
 
 def complete(qemu: Qemu, job: str, until: float) -> None:

@@ -280,20 +280,21 @@ def test_the_connection_is_cut_or_stalls(
 # --- a disk without room -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cramped(folder: Path) -> Iterator[Subject]:
-    """A machine with one disk, on a small file system that its store is not on."""
+@pytest.fixture(params=["disks"])
+def cramped(folder: Path, request: pytest.FixtureRequest) -> Iterator[Subject]:
+    """A machine with one disk, and a small file system for the one of its two folders."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount a small file system")
-    disks = folder / "disks"
-    disks.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90M", "tmpfs", disks], check=True)
+    (folder / "disks").mkdir()
+    small = folder / request.param
+    small.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90M", "tmpfs", small], check=True)
     vm = Subject(folder, disks=("disks/zero.qcow2",))
     vm.make_disks()
     vm.run()
     yield vm
     vm.clean_up()
-    subprocess.run(["umount", "-l", disks], check=True)
+    subprocess.run(["umount", "-l", small], check=True)
 
 
 def cut_off_and_fill(vm: Subject) -> Path:
@@ -302,7 +303,12 @@ def cut_off_and_fill(vm: Subject) -> Path:
     vm.killed_at("done:8", ("take", "small"))
     for place in range(2, 10):
         vm.write(NEW, place)
-    filler = vm.folder / "disks" / "filler"
+    return filled(vm.folder / "disks")
+
+
+def filled(folder: Path) -> Path:
+    """Take all the room of a file system; by what."""
+    filler = folder / "filler"
     with filler.open("wb") as rest:
         os.posix_fallocate(rest.fileno(), 0, os.statvfs(filler).f_bavail * 4096)
     return filler
@@ -326,6 +332,28 @@ def test_a_full_disk_forbids_the_merge_and_it_is_made_later(cramped: Subject) ->
     assert [path.name for path in (vm.folder / "disks").iterdir()] == ["zero.qcow2"]
     assert vm.reads(OLD, 1)
     assert all(vm.reads(NEW, place) for place in range(2, 10))
+
+
+@pytest.mark.parametrize("cramped", ["store"], indirect=True)
+def test_a_full_store_keeps_the_guest_running_and_the_undo_is_made_later(cramped: Subject) -> None:
+    vm = cramped
+    before = vm.files()
+    vm.write(OLD, 1)
+    vm.killed_at("done:5", ("take", "small", "--machine-state", "none"))
+    vm.write(NEW, 2)
+    filler = filled(vm.store)
+    for place in range(3, 6):
+        with pytest.raises(CommandFailed, match="No space left on device") as refused:
+            vm.calotype("recover", "small")
+        assert refused.value.data["exit_code"] == 6
+        assert vm.qmp("query-status")["running"]
+        vm.write(NEW, place)
+    filler.unlink()
+    vm.calotype("recover", "small")
+    assert vm.qmp("query-jobs") == []
+    assert vm.files() == before
+    assert vm.reads(OLD, 1)
+    assert all(vm.reads(NEW, place) for place in range(2, 6))
 
 
 def test_a_full_disk_does_not_keep_a_vm_from_being_stopped_and_started(cramped: Subject) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from calotype.engine import deletion, launch, merging
+from calotype.engine import deletion, launch, switching
 from calotype.engine.effects import EFFECTS
 from calotype.engine.world import World
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import Image, VmRecord
 from calotype.plan.delete import DeletePlan, DeleteRequest
-from calotype.plan.steps import MergeDown, Step
+from calotype.plan.steps import Step
 from calotype.qemu import live_merge
 from calotype.qemu.monitor import Monitor, connect
 from calotype.store import images
@@ -430,19 +430,19 @@ def test_a_switch_that_was_cut_off_is_finished(
     newest = plain.contents()["now"]
     plan = planned(plain, *plain.snapshots())
 
-    async def cut(world: World, monitor: Monitor, step: MergeDown) -> None:
+    async def cut(world: World, monitor: Monitor, job: str, top: Image, base: Image) -> None:
         if stage != "ready":
             await monitor.execute("stop")
-            await live_merge.caught_up(monitor, step.job)
+            await live_merge.caught_up(monitor, job)
         if stage in ("recorded", "completed"):
-            merging._record_active(world, step, step.base)
+            switching.record_newest(world, base, {top, base})
         if stage == "completed":
-            await monitor.execute("job-complete", id=step.job)
-            await live_merge.reached(monitor, step.job, "concluded", lambda _: None)
+            await monitor.execute("job-complete", id=job)
+            await live_merge.reached(monitor, job, "concluded", lambda _: None)
         raise Cut
 
     with monkeypatch.context() as cutting:
-        cutting.setattr(merging, "_switch", cut)
+        cutting.setattr(switching, "switch", cut)
         with pytest.raises(Cut):
             carry_out(plain, plan.steps)
     if dies:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +42,8 @@ class Qemu:
         self.late_stops = late_stops
         self.refused = refused
         self.greeting = GREETING
+        self.jobs: list[str] = []
+        """The status of the only job, look by look; then it is gone."""
         self.asked: list[str] = []
         self.statuses: list[str] = []
         self.dies_at = ""
@@ -81,6 +84,9 @@ class Qemu:
                 self.status = "paused"
             self.statuses.append(self.status)
             return {"return": {"status": self.status, "running": self.status == "running"}}
+        if command == "query-jobs":
+            found = [{"id": "merge", "status": self.jobs.pop(0)}] if self.jobs else []
+            return {"return": found}
         return {"return": {}}
 
 
@@ -99,9 +105,10 @@ class Owner:
         theirs.close()
         qemu.theirs.close()
 
-    def arm(self, limit_s: float = PATIENCE_S) -> None:
+    def arm(self, limit_s: float = PATIENCE_S, switch: dict[str, str] | None = None) -> None:
         assert self.line.recv(64) == READY
-        self.line.sendall(guard.ARM.format(seconds=limit_s).encode())
+        orders = {"seconds": limit_s, "switch": switch}
+        self.line.sendall(guard.ARM + json.dumps(orders).encode() + b"\n")
         assert self.line.recv(64) == ARMED
 
     def hang_up(self) -> None:
@@ -286,6 +293,59 @@ def test_a_guest_that_does_not_stand_still_for_our_sake_is_left_alone(posted: Po
     assert_quiet_end(owner, qemu)
     assert "cont" not in qemu.asked
     assert 0 < looks < 100, "it did nothing but ask"
+
+
+# --- a switch -----------------------------------------------------------------------------------
+
+
+def record(folder: Path, newest: str) -> dict[str, str]:
+    """The switch from `top` to `base`, where the record names *newest* by now."""
+    path = folder / "record.json"
+    path.write_text(json.dumps({"disks": [{"active": {"path": newest}}]}))
+    return {"record": str(path), "base": "base", "job": "merge"}
+
+
+def test_a_switch_that_is_recorded_is_completed_before_the_guest_runs(
+    posted: Posted, tmp_path: Path
+) -> None:
+    qemu = Qemu()
+    qemu.jobs = ["ready", "waiting", "concluded"]
+    owner = posted(qemu)
+    owner.arm(switch=record(tmp_path, "base"))
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    completed = ["job-complete", *["query-jobs"] * 3]
+    assert qemu.asked[1:7] == ["migrate_cancel", *completed, "query-status"]
+    assert_rescued(qemu)
+
+
+def test_a_switch_that_qemu_has_made_by_itself_is_no_reason_to_wait(
+    posted: Posted, tmp_path: Path
+) -> None:
+    qemu = Qemu()
+    owner = posted(qemu)
+    owner.arm(switch=record(tmp_path, "base"))
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    assert qemu.asked.count("query-jobs") == 1
+    assert_rescued(qemu)
+
+
+@pytest.mark.parametrize("words", ["", "{", "[]", "{}"])
+def test_a_switch_that_is_not_recorded_is_not_made(
+    posted: Posted, tmp_path: Path, words: str
+) -> None:
+    qemu = Qemu()
+    qemu.jobs = ["ready"]
+    owner = posted(qemu)
+    switch = record(tmp_path, "top")
+    if words:
+        Path(switch["record"]).write_text(words)
+    owner.arm(switch=switch)
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    assert "job-complete" not in qemu.asked
+    assert_rescued(qemu)
 
 
 # --- QEMU is gone --------------------------------------------------------------------------------

@@ -88,10 +88,11 @@ async def _merge_back(world: World, step: MergeBack) -> None:
     overlay = Image(step.overlay, "qcow2")
     async with world.controlling() as monitor:
         is_in_use = bool((await live_merge.look(monitor)).chain(step.overlay))
-        if await live_merge.status(monitor, step.job) is None:
-            if not is_in_use:
-                return
-            await asyncio.to_thread(_thaw, step)
+        is_begun = await live_merge.status(monitor, step.job) is not None
+        if not is_begun and not is_in_use:
+            return
+        await asyncio.to_thread(_thaw, step)
+        if not is_begun:
             await live_merge.begin(monitor, step.job, overlay, step.base)
         if await live_merge.reached(monitor, step.job, "ready", unheard) == "ready":
             await switch(world, monitor, step.job, overlay, step.base)

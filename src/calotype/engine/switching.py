@@ -12,6 +12,7 @@ what follows, not the switch.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
@@ -19,7 +20,7 @@ from msgspec.structs import replace
 
 from calotype.engine import launch
 from calotype.engine.world import World
-from calotype.errors import QemuError
+from calotype.errors import CalotypeError, HostError, QemuError
 from calotype.model.vm import Image
 from calotype.qemu import guarding, live_merge
 from calotype.qemu.guarding import Switch
@@ -33,9 +34,19 @@ async def switch(world: World, monitor: Monitor, job: str, top: Image, base: Ima
     """Let the guest go over from *top* to *base*; the job that merges them is ready.
 
     Raises:
-        QemuError: QEMU failed, or took too long; the guest runs, on the image that is recorded.
+        QemuError: QEMU failed, or took too long; the guest runs, on the image that is recorded,
+            and the job is given up: *base* may be frozen.
         HostError: No guard can stand by, or the record cannot be written; likewise.
     """
+    try:
+        await _switch(world, monitor, job, top, base)
+    except (QemuError, HostError):
+        with contextlib.suppress(CalotypeError):  # the first error is the error
+            await live_merge.give_up(monitor, job)
+        raise
+
+
+async def _switch(world: World, monitor: Monitor, job: str, top: Image, base: Image) -> None:
     if not (await monitor.execute("query-status"))["running"]:
         await _seen_through(_go_over(world, monitor, job, top, base))
         return

@@ -244,6 +244,12 @@ async def _await_save(taking: Taking, step: AwaitSave) -> None:
     )
 
 
+async def _give_room_back(world: World, step: AwaitSave) -> None:
+    """Empty the state's file: where it has filled the store, nothing else could be recorded."""
+    with contextlib.suppress(FileNotFoundError):
+        os.truncate(_state_path(world, step.snapshot), 0)
+
+
 async def _close_state(taking: Taking, step: CloseState) -> None:
     """Make the machine state durable and take its digest."""
     await _let_go_of_state(taking.monitor, step.snapshot, step.fdset)
@@ -302,7 +308,7 @@ TAKE_EFFECTS: Effects = {
     SetMigration: Effect(_set_migration, _unset_migration),
     FlushImages: Effect(_flush_images),
     PassInstant: Effect(_pass_instant, abandon_instant),
-    AwaitSave: Effect(_await_save),
+    AwaitSave: Effect(_await_save, _give_room_back),
     PutBackMigration: Effect(_put_back_migration),
     CloseState: Effect(_close_state),
     Commit: Effect(_commit, _revoke),

@@ -77,7 +77,7 @@ CRASHES: Mapping[type[Step], Crash] = {
         "lets the guest run, cancels the save, merges each overlay back (the guest running on; by"
         " qemu-img where QEMU died), deletes the internal snapshots",
     ),
-    AwaitSave: Crash("a complete state file", "removes it, and undoes the instant as above"),
+    AwaitSave: Crash("a complete state file", "empties it, and undoes the instant as above"),
     PutBackMigration: _NOTHING,
     CloseState: _NOTHING,
     FreezeImages: Crash("images that are read-only and immutable", "puts mode and flag back"),

@@ -127,6 +127,7 @@ class RecordAhead(Step, frozen=True):
 class AwaitSave(Step, frozen=True):
     """Wait until the machine state is written; the guest runs."""
 
+    snapshot: str
     expected_bytes: int
 
 

@@ -240,7 +240,7 @@ def _steps(
         graph_digest=facts.graph_digest,
     )
     if has_state:
-        yield AwaitSave(estimate.bytes)
+        yield AwaitSave(snapshot, estimate.bytes)
         yield _put_back(_set_migration(facts, method))
         yield CloseState(snapshot, fdset)
     yield FreezeImages({disk.image.path: disk.mode for disk, _ in external})

@@ -184,6 +184,18 @@ async def end(monitor: Monitor, job: str, top: Image, told: Share) -> None:
     await close(monitor, top)
 
 
+async def give_up(monitor: Monitor, job: str) -> None:
+    """End a job that is not done; the guest goes on writing to the image that it was on.
+
+    A ready job writes to both images, and would fail, late, once the one below is frozen.
+    """
+    while (found := await status(monitor, job)) is not None:
+        command = "job-dismiss" if found == "concluded" else "job-cancel"
+        with contextlib.suppress(CommandRefused):  # it was concluding
+            await monitor.execute(command, id=job)
+        await asyncio.sleep(_POLL_S)
+
+
 async def close(monitor: Monitor, image: Image) -> None:
     """Have QEMU close an image that no device stands on any more; one that is closed is no error.
 

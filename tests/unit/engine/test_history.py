@@ -38,7 +38,7 @@ def test_a_vm_that_nothing_was_done_to_has_no_history(store: Store) -> None:
 
 
 def test_an_operation_is_told_whole(store: Store) -> None:
-    steps = (AwaitSave(1), AwaitSave(2), Commit(SNAPSHOT))
+    steps = (AwaitSave(SNAPSHOT, 1), AwaitSave(SNAPSHOT, 2), Commit(SNAPSHOT))
     journal = begin(store, id=OTHER, steps=steps)
     for place, spent_ms in enumerate((1.25, 2.5, 4.0)):
         journal.note_doing(place)

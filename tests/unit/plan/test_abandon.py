@@ -54,7 +54,7 @@ def deleted(index: int) -> DeleteMade:
     return DeleteMade(inside(index).image, inside(index).name)
 
 
-IN_USE, IDLE = OverlaySight(in_use=True), OverlaySight(in_use=False)
+NEWEST, IDLE = OverlaySight(is_newest=True), OverlaySight(is_newest=False)
 
 RUN_STATES = [
     # who runs the VM, whether it ran before, whether the pause is known to be over -> what is done
@@ -80,13 +80,14 @@ def test_the_guest_is_let_run_only_if_the_pause_was_ours_and_may_not_be_over(
 OVERLAYS = [
     # who runs the VM, what is found of the overlay -> what is done about it
     ("same", None, ()),
-    ("same", IDLE, ()),
-    ("same", IN_USE, (merged(0),)),
+    ("same", IDLE, (merged(0),)),  # the merge may not be over
+    ("same", NEWEST, (merged(0),)),
     ("other", None, ()),
-    ("other", IDLE, ()),
-    ("other", IN_USE, (merged(0),)),
+    ("other", IDLE, (merged(0),)),
+    ("other", NEWEST, (merged(0),)),
     ("gone", None, ()),
-    ("gone", IDLE, (merged_offline(0),)),
+    ("gone", IDLE, ()),  # it was merged already
+    ("gone", NEWEST, (merged_offline(0),)),
 ]
 
 
@@ -105,7 +106,7 @@ def test_an_internal_snapshot_is_deleted_whoever_runs(qemu: Qemu) -> None:
 
 
 def test_the_guest_comes_first_and_then_the_disks_newest_first() -> None:
-    overlays = {switch(0).overlay: IN_USE, switch(2).overlay: IN_USE}
+    overlays = {switch(0).overlay: NEWEST, switch(2).overlay: NEWEST}
     passed = instant(switch(0), inside(1), switch(2), inside(3))
     assert plan_abandon(passed, "same", overlays, settled=False) == (
         EndPause(True), deleted(3), merged(2), deleted(1), merged(0),
@@ -113,9 +114,12 @@ def test_the_guest_comes_first_and_then_the_disks_newest_first() -> None:
 
 
 def test_each_overlay_is_judged_on_its_own() -> None:
-    overlays = {switch(0).overlay: IN_USE, switch(1).overlay: IDLE}
+    overlays = {switch(0).overlay: NEWEST, switch(1).overlay: IDLE}
     passed = instant(switch(0), switch(1), switch(2))
-    assert plan_abandon(passed, "same", overlays, settled=True) == (EndPause(False), merged(0))
+    assert plan_abandon(passed, "gone", overlays, settled=True) == (merged_offline(0),)
+    assert plan_abandon(passed, "same", overlays, settled=True) == (
+        EndPause(False), merged(1), merged(0),
+    )  # fmt: skip
 
 
 ACTIONS = st.lists(st.integers(0, 7), unique=True, max_size=6).flatmap(
@@ -131,9 +135,9 @@ def test_no_overlay_is_merged_twice_and_none_is_passed_over_that_a_guest_writes_
     settled: bool,
     data: st.DataObject,
 ) -> None:
-    in_use = st.just(IDLE) if qemu == "gone" else st.sampled_from([IN_USE, IDLE])
+    sights = st.sampled_from([NEWEST, IDLE])
     paths = [action.overlay for action in actions if isinstance(action, SwitchToOverlay)]
-    overlays = {path: data.draw(in_use) for path in paths if data.draw(st.booleans())}
+    overlays = {path: data.draw(sights) for path in paths if data.draw(st.booleans())}
     passed = instant(*actions, was_running=was_running)
     plan = plan_abandon(passed, qemu, overlays, settled=settled)
 
@@ -142,7 +146,8 @@ def test_no_overlay_is_merged_twice_and_none_is_passed_over_that_a_guest_writes_
     live = [step.overlay for step in plan if isinstance(step, MergeBack)]
     offline = [step.overlay for step in plan if isinstance(step, MergeBackOffline)]
     assert len(live + offline) == len({*live, *offline})
-    assert set(live) == {path for path, sight in overlays.items() if sight.in_use}
-    assert set(offline) == (set(overlays) if qemu == "gone" else set())
+    newest = {path for path, sight in overlays.items() if sight.is_newest}
+    assert set(live) == (set() if qemu == "gone" else set(overlays))
+    assert set(offline) == (newest if qemu == "gone" else set())
     made = [step for step in plan if isinstance(step, DeleteMade)]
     assert len(made) == len(actions) - len(paths)
