@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from calotype.engine import launch
 from calotype.engine.world import World
-from calotype.errors import CalotypeError, HostError, QemuError
+from calotype.errors import CalotypeError, QemuError
 from calotype.model.vm import Image
 from calotype.qemu import guarding, live_merge
 from calotype.qemu.guarding import Switch
@@ -40,7 +40,7 @@ async def switch(world: World, monitor: Monitor, job: str, top: Image, base: Ima
     """
     try:
         await _switch(world, monitor, job, top, base)
-    except (QemuError, HostError):
+    except CalotypeError:
         with contextlib.suppress(CalotypeError):  # the first error is the error
             await live_merge.give_up(monitor, job)
         raise
