@@ -1,5 +1,6 @@
 """Recovering is itself cut off, hindered, or not needed: the guest runs, and nothing is lost."""
 
+import contextlib
 import os
 import random
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -195,8 +196,13 @@ class Proxy:
         path.rename(self._real)
         self._listener = listen_socket(path)
         self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self.carries = True
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._start(self._serve)
+
+    def _start(self, work: Callable[..., None], *sockets: socket.socket) -> None:
+        self._threads.append(threading.Thread(target=work, args=sockets, daemon=True))
+        self._threads[-1].start()
 
     def _serve(self) -> None:
         while True:
@@ -206,34 +212,29 @@ class Proxy:
                 return
             theirs = open_socket(self._real)
             self._open += [ours, theirs]
-            for pair in ((ours, theirs), (theirs, ours)):
-                threading.Thread(target=self._carry, args=pair, daemon=True).start()
+            self._start(self._carry, ours, theirs)
+            self._start(self._carry, theirs, ours)
 
     def _carry(self, source: socket.socket, sink: socket.socket) -> None:
-        while True:
-            try:
+        with contextlib.suppress(OSError):
+            while True:
                 data, descriptors, _, _ = socket.recv_fds(source, 1 << 16, 8)
-            except OSError:
-                return None
-            while not self.carries:
-                time.sleep(0.01)
-            if not data:
-                return self._end(sink)
-            try:
-                socket.send_fds(sink, [data], descriptors)
-            except OSError:
-                return None
-            for descriptor in descriptors:
-                os.close(descriptor)
-
-    @staticmethod
-    def _end(sink: socket.socket) -> None:
-        sink.shutdown(socket.SHUT_WR)
+                while not self.carries:
+                    time.sleep(0.01)
+                if not data:
+                    sink.shutdown(socket.SHUT_WR)
+                    return
+                try:
+                    socket.send_fds(sink, [data], descriptors)
+                finally:
+                    for descriptor in descriptors:
+                        os.close(descriptor)
 
     def cut(self) -> None:
         """Hang up on both sides."""
         for each in self._open:
-            each.close() if each.fileno() < 0 else each.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
     def stall(self) -> None:
         """Carry nothing any more."""
@@ -242,8 +243,13 @@ class Proxy:
     def close(self) -> None:
         """Put QEMU's own socket back."""
         self.carries = True
-        self._listener.close()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self.cut()
+        for thread in self._threads:
+            thread.join(10)
+        for each in (self._listener, *self._open):
+            each.close()
         self._path.unlink()
         self._real.rename(self._path)
 

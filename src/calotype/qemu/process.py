@@ -78,10 +78,14 @@ def find(variable: str, value: str) -> list[Process]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None where it is gone or a zombie."""
+    """When the process started, in clock ticks since boot; None where it is gone or a zombie.
+
+    A zombie whose other threads still end is not gone: they hold its files, and the locks on them.
+    """
     with contextlib.suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else int(fields[18])
+        threads, ticks = int(fields[16]), int(fields[18])
+        return None if state in "ZX" and threads <= 1 else ticks
     return None
 
 
