@@ -48,12 +48,12 @@ async def switch(world: World, monitor: Monitor, job: str, top: Image, base: Ima
 
 async def _switch(world: World, monitor: Monitor, job: str, top: Image, base: Image) -> None:
     if not (await monitor.execute("query-status"))["running"]:
-        await _seen_through(_go_over(world, monitor, job, top, base))
+        await seen_through(_go_over(world, monitor, job, top, base))
         return
     folder = world.store.folder(world.record.id)
     async with guarding.posted(folder / launch.GUARD) as guard:
         await guard.arm(LIMIT_S, Switch(str(folder / "record.json"), base.path, job))
-        await _seen_through(_paused(world, monitor, job, top, base))
+        await seen_through(_paused(world, monitor, job, top, base))
         await guard.stand_down()
 
 
@@ -99,7 +99,7 @@ def unheard(_: float) -> None:
     """Hear how far a merge is, and tell nobody."""
 
 
-async def _seen_through(work: Coroutine[Any, Any, None]) -> None:
+async def seen_through(work: Coroutine[Any, Any, None]) -> None:
     """Do *work* to its end, however often we are cancelled meanwhile, and be cancelled then."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None

@@ -69,9 +69,12 @@ async def delete_inside(image: Image, name: str) -> None:
 
 
 async def extract_inside(image: Image, name: str, copy: str) -> None:
-    """Copy the content of an internal snapshot into a new qcow2 at *copy*."""
+    """Copy the content of an internal snapshot into a new qcow2 at *copy*.
+
+    A VM may run on the image meanwhile: what the snapshot holds does not change while it is there.
+    """
     node = {"driver": image.format, "file": {"driver": "file", "filename": image.path}}
-    await _run("convert", "-q", "-O", "qcow2", "-l", f"snapshot.name={name}",
+    await _run("convert", "-q", "-U", "-O", "qcow2", "-l", f"snapshot.name={name}",
                f"json:{json.dumps(node)}", f"file:{copy}")  # fmt: skip
 
 

@@ -68,7 +68,7 @@ async def observe(monitor: Monitor, record: VmRecord, qemu: Process, store: Path
         block_jobs=tuple(job["device"] for job in await monitor.execute("query-block-jobs")),
         bitmaps=tuple(_bitmaps(blocks)),
         memory_backends=tuple([reason async for reason in _unprotectable(monitor)]),
-        migration=await _migration(monitor),
+        migration=await observe_migration(monitor),
         host=_host(qemu, store),
         graph_digest=_digest(blocks),
     )
@@ -371,7 +371,8 @@ async def _property(monitor: Monitor, path: str, name: str) -> Any:
         return ""
 
 
-async def _migration(monitor: Monitor) -> MigrationFacts:
+async def observe_migration(monitor: Monitor) -> MigrationFacts:
+    """What QEMU's migration can do, how it is set, and what is in its way."""
     capabilities = await monitor.execute("query-migrate-capabilities")
     state = await monitor.execute("query-migrate")
     return MigrationFacts(
