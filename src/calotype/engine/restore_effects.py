@@ -80,7 +80,7 @@ async def _apply_inside(_: World, step: ApplyInside) -> None:
 
 async def _unapply_inside(_: World, step: ApplyInside) -> None:
     """Go back to the content that was kept; a qemu-img that was killed may have left leaks."""
-    await image_tool.mend_leaks(step.image)
+    await image_tool.mend(step.image)
     metadata = await asyncio.to_thread(images.read_metadata, Path(step.image.path))
     if step.keep_as in {entry.name for entry in metadata.snapshots}:
         await image_tool.apply_inside(step.image, step.keep_as)
