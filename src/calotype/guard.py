@@ -138,6 +138,8 @@ def hand_back(old: Qemu, act: dict[str, Any]) -> None:
     elif act["type"] == "Move":
         os.rename(act["source"], act["target"])  # noqa: PTH104 - pathlib takes time to import
         os.unlink(act["source"])  # noqa: PTH108 - two names of one file are both left, rename(2)
+    elif act["type"] == "Drop":
+        os.unlink(act["path"])  # noqa: PTH108
     elif act["type"] == "WritePid":
         with open(act["path"], "w") as file:  # noqa: PTH123
             file.write(f"{act['pid']}\n")

@@ -388,11 +388,13 @@ def handover(folder: Path, newest: str) -> dict[str, Any]:
     """The handover to images of which `base` is one, where the record names *newest* by now."""
     (folder / "sock").write_text("new")
     (folder / "sock.prev").write_text("old")
+    (folder / "sock.next").write_text("dead")
     back = [
         {"type": "Move", "source": str(folder / "gone.prev"), "target": str(folder / "gone")},
         {"type": "Tell", "command": "hostfwd_add", "arguments": {"a-b": 1}},
         {"type": "WritePid", "path": str(folder / "pid"), "pid": 77},
         {"type": "Move", "source": str(folder / "sock.prev"), "target": str(folder / "sock")},
+        {"type": "Drop", "path": str(folder / "sock.next")},
     ]
     return {**record(folder, newest), "let_run": True, "back": back}
 
@@ -412,6 +414,7 @@ def test_a_handover_that_is_not_recorded_is_handed_back(
     assert (tmp_path / "pid").read_text() == "77\n"
     assert (tmp_path / "sock").read_text() == "old"
     assert not (tmp_path / "sock.prev").exists()
+    assert not (tmp_path / "sock.next").exists()
 
 
 @pytest.mark.parametrize("let_run", [True, False])

@@ -23,7 +23,7 @@ from calotype.engine.switching import seen_through
 from calotype.engine.world import Effect, Effects, World
 from calotype.errors import HostError, QemuError
 from calotype.model import names
-from calotype.model.acts import NEXT, PREVIOUS, Act, Keep, Move, Side, Tell, WritePid
+from calotype.model.acts import NEXT, PREVIOUS, Act, Drop, Keep, Move, Side, Tell, WritePid
 from calotype.model.vm import Process
 from calotype.plan.steps import EndOld, HandOver, SaveLeftBehind
 from calotype.qemu import guarding, migration, monitor, process
@@ -32,7 +32,9 @@ from calotype.qemu.monitor import LAST_WORDS, Monitor
 from calotype.store import files, images
 
 LIMIT_S = 5.0
-"""How long the guest may stand still."""
+"""How long the guest may stand still before the guard acts."""
+OWN_LIMIT_S = 4.0
+"""...and before we give up ourselves."""
 LEFT_STATE = "machine-state"
 UNFINISHED = ".part"
 _AT_REST = ("paused", "prelaunch", "postmigrate", "finish-migrate")
@@ -91,9 +93,10 @@ async def _go_over(
 ) -> None:
     """The pause: stop the old guest, hand over, record, let the new one run."""
     try:
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(OWN_LIMIT_S):
             await monitors["old"].execute("stop")
             for act in step.forth:
+                await asyncio.sleep(0)  # one that was stopped too long does nothing more
                 await perform(act, monitors, pids)
             world.store.save_process(world.record.id, new)
             record_disks(world, step.active, step.parent)
@@ -101,7 +104,7 @@ async def _go_over(
                 await let_run(monitors["new"])
     except TimeoutError as error:
         raise QemuError(
-            f"the VM could not go over within {LIMIT_S:g} s", "try again, or give --stop-first"
+            f"the VM could not go over within {OWN_LIMIT_S:g} s", "try again, or give --stop-first"
         ) from error
 
 
@@ -122,6 +125,9 @@ async def perform(act: Act, monitors: Mapping[Side, Monitor], pids: Mapping[Side
         case Keep():
             with files.host_errors(Path(act.path)), contextlib.suppress(FileExistsError):
                 os.link(act.path, act.name)
+        case Drop():
+            with files.host_errors(Path(act.path)):
+                Path(act.path).unlink(missing_ok=True)
         case WritePid():
             with files.host_errors(Path(act.path)):
                 Path(act.path).write_text(f"{pids[act.side]}\n")

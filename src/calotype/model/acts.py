@@ -38,6 +38,12 @@ class Keep(Struct, frozen=True, tag=True):
     name: str
 
 
+class Drop(Struct, frozen=True, tag=True):
+    """Remove a file; one that is not there is no error."""
+
+    path: str
+
+
 class WritePid(Struct, frozen=True, tag=True):
     """Write the pid of one of the two QEMUs into a file."""
 
@@ -45,10 +51,14 @@ class WritePid(Struct, frozen=True, tag=True):
     path: str
 
 
-Act = Tell | Move | Keep | WritePid
+Act = Tell | Move | Keep | Drop | WritePid
 
 
 def exchange(path: str) -> tuple[tuple[Act, ...], tuple[Act, ...]]:
-    """Put what listens at *path*`.next` in place of what listens at *path*: forth, and back."""
+    """Put what listens at *path*`.next` in place of what listens at *path*: forth, and back.
+
+    Back ends with nothing to put in its place any more: an owner that was stopped in the midst, and
+    goes on when the guard has handed back, must not take the path from the old one again.
+    """
     forth = (Keep(path, path + PREVIOUS), Move(path + NEXT, path))
-    return forth, (Move(path + PREVIOUS, path),)
+    return forth, (Move(path + PREVIOUS, path), Drop(path + NEXT))

@@ -6,7 +6,7 @@ from calotype.formats.argv import CommandLine
 from calotype.formats.argv.arity import FLAGS, VALUED
 from calotype.formats.argv.refusals import REFUSED
 from calotype.formats.argv.sharing import ALONE, READERS, UNSHARED, Sharing, acts, sharing
-from calotype.model.acts import Act, Keep, Move, Tell, WritePid
+from calotype.model.acts import Act, Drop, Keep, Move, Tell, WritePid
 
 Words = list[str]
 
@@ -23,7 +23,7 @@ def hmp(side: str, words: str) -> Tell:
 def unix(path: str) -> tuple[list[Act], list[Act]]:
     return (
         [Keep(path, f"{path}.prev"), Move(f"{path}.next", path)],
-        [Move(f"{path}.prev", path)],
+        [Move(f"{path}.prev", path), Drop(f"{path}.next")],
     )
 
 
