@@ -139,7 +139,7 @@ def _identities(disks: Sequence[DiskLayers]) -> dict[str, Identity]:
 
 
 def _claims(store: Store, record: VmRecord) -> dict[str, str]:
-    """Each image that another VM stands on, or a disk that was set aside, with words that say which.
+    """Each image that another VM stands on, or a disk that was set aside, with words for it.
 
     What an image stands on is read from the image: a VM may stand on one that it does not name.
     """

@@ -95,6 +95,9 @@ async def finish(steps: Sequence[Step], effects: Effects, world: HasPhases, note
     except Exception as error:
         with contextlib.suppress(HostError):  # a journal without an end says the same
             notes.note_unfinished((str(error),))
+        if isinstance(error, OSError):
+            problem = f"{error.filename or 'a file'}: {error.strerror}"
+            raise HostError(problem, "mend that; `calotype recover` tries again") from error
         raise
     notes.end("done")
 
@@ -139,8 +142,23 @@ async def _timed(step: Step, effects: Effects, world: HasPhases) -> float:
     return round(spent_ms, 3)
 
 
+async def seen_through(work: Awaitable[Result]) -> Result:
+    """Do *work* to its end, however often we are cancelled meanwhile, and be cancelled then."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
+
+
 async def shielded(work: Awaitable[Result]) -> Result:
-    """Wait for *work* to its end, however often we are cancelled meanwhile."""
+    """Undo to the end, however often we are cancelled meanwhile; what it was for is raised then."""
     task = asyncio.ensure_future(work)
     while not task.done():
         try:

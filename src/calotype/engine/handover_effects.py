@@ -19,7 +19,7 @@ import msgspec
 
 from calotype.engine import launch
 from calotype.engine.disk_effects import record_disks
-from calotype.engine.switching import seen_through
+from calotype.engine.execute import seen_through
 from calotype.engine.world import Effect, Effects, World
 from calotype.errors import HostError, QemuError
 from calotype.model import names

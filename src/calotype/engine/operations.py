@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from calotype.engine import defining, finding, launch
 from calotype.engine.changing import carry_out, changing
-from calotype.engine.execute import shielded
+from calotype.engine.execute import seen_through, shielded
 from calotype.engine.progress import Progress, silent
 from calotype.engine.recover import Recovered
 from calotype.engine.recover import recover as recover_vm
@@ -349,7 +349,7 @@ async def run(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> VmRec
             again = defining.define_again(store, record, argv, cwd)
             await _start(store, again, Define(again, record))
     except BaseException:
-        if is_new:
+        if is_new and launch.is_running(store, store.find(name)) is None:  # or another started it
             store.drop(store.find(name))
         raise
     return store.find(name)
@@ -465,7 +465,7 @@ async def recover(store: Store, name: str, *, progress: Progress = silent) -> li
     """
     record = store.find(name)
     with store.locked(record, "recover"):
-        return await shielded(recover_vm(store, record, progress))
+        return await seen_through(recover_vm(store, record, progress))
 
 
 def _definition(record: VmRecord) -> Definition:

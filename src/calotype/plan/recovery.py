@@ -8,7 +8,9 @@ already exists:
 operation  point of no return
 =========  =====================================================================================
 take       the manifest is there: the snapshot exists
-restore    the guest was let run; or the record names the new images and QEMU holds the loaded state
+restore    the guest was let run; or the record names the new images and QEMU holds the state;
+           or, of a VM that runs, the new QEMU lives or the old one does not; or what was left is
+           being discarded
 start      the guest was let run
 delete     the first manifest is gone
 =========  =====================================================================================
@@ -24,6 +26,7 @@ from msgspec import Struct
 from calotype.plan.steps import (
     AnyStep,
     Commit,
+    DiscardImages,
     HandOver,
     LetRun,
     RecordRestored,
@@ -101,6 +104,8 @@ def _guest_was_let_run(steps: tuple[AnyStep, ...], sight: Sight) -> bool:
 def _restore_holds(steps: tuple[AnyStep, ...], sight: Sight) -> bool:
     if _guest_was_let_run(steps, sight) or _went_over(steps, sight):
         return True
+    if any(isinstance(step, DiscardImages) for step in steps[: sight.begun]):
+        return True  # there is nothing to go back to any more
     needs_qemu = any(isinstance(step, StartQemu) for step in steps)
     was_begun = any(isinstance(step, RecordRestored) for step in steps[: sight.begun])
     return was_begun and sight.is_recorded and (sight.qemu_runs or not needs_qemu)

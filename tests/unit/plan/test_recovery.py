@@ -93,7 +93,7 @@ def is_past(name: str, sight: Sight) -> bool:
         return sight.is_committed
     if name == "delete":
         return bool(begun)
-    if LetRun() in begun:
+    if LetRun() in begun or DISCARD in begun:
         return True
     holds = sight.qemu_runs or name == "restore to off"
     return name.startswith("restore") and RECORD in begun and sight.is_recorded and holds
