@@ -125,6 +125,7 @@ def take_side(old: Qemu, new: Qemu, new_pid_fd: int, handover: dict[str, Any]) -
             rescue(new)
         return
     signal.pidfd_send_signal(new_pid_fd, signal.SIGKILL)
+    select.select([new_pid_fd], [], [], RESCUE_S)  # until it is gone it has its ports
     for act in handover["back"]:
         with contextlib.suppress(OSError):  # it had not been handed over
             hand_back(old, act)
