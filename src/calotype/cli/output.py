@@ -300,4 +300,5 @@ def size(count: int) -> str:
 
 def is_terminal() -> bool:
     """Whether somebody watches standard error."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    is_open = sys.stderr is not None  # Python has none where the descriptor is closed
+    return is_open and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
