@@ -49,7 +49,8 @@ def _snapshots(
 ) -> list[SnapshotUsage]:
     told = []
     for manifest in catalogue.manifests:
-        own_bytes = plan_delete(catalogue, DeleteRequest(frozenset({manifest.id}))).freed_bytes
+        plan = plan_delete(catalogue, DeleteRequest(frozenset({manifest.id})))
+        own_bytes = max(0, plan.freed_bytes)
         paths = {layer.path for part in manifest.storage for layer in part.layers}
         paths |= {part.image.path for part in manifest.storage if part.image}
         all_bytes = sum(allocated.get(path, 0) for path in paths)
