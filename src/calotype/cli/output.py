@@ -111,7 +111,8 @@ def say(settings: Settings, value: Mapping[str, Any], lines: Sequence[str]) -> N
         _say_json(value)
         return
     for line in lines:
-        _print(line)
+        indent = line[: len(line) - len(line.lstrip(" "))]
+        _print(indent + one_line(line))
 
 
 def say_with_damage(
