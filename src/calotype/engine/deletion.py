@@ -81,15 +81,22 @@ async def delete(
 # --- looking around ------------------------------------------------------------------------------
 
 
-async def look_around(store: Store, record: VmRecord, *, is_holder: bool = False) -> Catalogue:
+async def look_around(
+    store: Store,
+    record: VmRecord,
+    manifests: Sequence[Manifest] | None = None,
+    *,
+    is_holder: bool = False,
+) -> Catalogue:
     """Read all that a delete must know of a VM; contents are not read.
 
     Args:
         store: Where it is kept.
         record: The VM.
+        manifests: Its snapshots, oldest first, where not all can be read; else all are read here.
         is_holder: Whether the caller holds the VM's lock, and so may use its monitor.
     """
-    manifests = tuple(store.manifests(record.id))
+    manifests = tuple(store.manifests(record.id) if manifests is None else manifests)
     qemu = launch.is_running(store, record)
     opened, is_running = await _ask(store, record, qemu, is_holder=is_holder)
     claims = _claims(store, record)

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from calotype.engine.world import Effects
 from calotype.errors import HostError
+from calotype.plan.recovery import unfinished_words
 from calotype.plan.steps import Step
 
 Result = TypeVar("Result")
@@ -68,7 +69,7 @@ async def execute(
             notes.note_done(place, await _timed(step, effects, world))
     except BaseException as error:
         if no_return is not None and len(begun) > no_return:
-            _leave_unfinished(notes, error)
+            _leave_unfinished(begun, notes, error)
         else:
             why = str(error) or type(error).__name__
             for reason in await shielded(undo(begun, effects, world, notes, why)):
@@ -77,8 +78,8 @@ async def execute(
     notes.end("done")
 
 
-def _leave_unfinished(notes: Notes, error: BaseException) -> None:
-    error.add_note("it is past the point of no return: `calotype recover` finishes it")
+def _leave_unfinished(begun: Sequence[Step], notes: Notes, error: BaseException) -> None:
+    error.add_note(unfinished_words(begun))
     with contextlib.suppress(HostError):  # a journal without an end says the same
         notes.note_unfinished((str(error),))
 

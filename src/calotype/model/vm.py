@@ -109,6 +109,9 @@ class DiskFacts(Struct, frozen=True):
     may_be_immutable: bool = True
     """Whether a freeze can stop root too: the file system has the flag, and we may set it."""
 
+    may_hold_overlay: bool = True
+    """Whether we may create an overlay beside the origin."""
+
     @property
     def labels(self) -> frozenset[str]:
         """All that a user may call this disk by."""

@@ -18,7 +18,7 @@ delete     the first manifest is gone
 An undo that was begun is gone on with: past a point of no return too, a step can have failed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -27,6 +27,7 @@ from calotype.plan.steps import (
     AnyStep,
     Commit,
     DiscardImages,
+    DropSnapshot,
     HandOver,
     LetRun,
     RecordRestored,
@@ -84,6 +85,15 @@ def point_of_no_return(kind: OperationKind, steps: tuple[Step, ...]) -> int:
         return 0
     points = [place for place, step in enumerate(steps) if isinstance(step, _POINTS)]
     return points[-1] + 1 if points else len(steps)
+
+
+def unfinished_words(begun: Sequence[Step]) -> str:
+    """What is said of an operation that failed past its point of no return, in its last step."""
+    dropped = [step.snapshot for step in begun[:-1] if isinstance(step, DropSnapshot)]
+    if dropped:
+        gone = ", ".join(dropped)
+        return f"deleted already: {gone}; `calotype recover` finishes the rest, nothing is undone"
+    return "it is past the point of no return: `calotype recover` finishes it"
 
 
 _POINTS = (Commit, HandOver, LetRun, RecordRestored)

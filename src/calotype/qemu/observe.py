@@ -270,6 +270,7 @@ def _disk(disk: DiskRecord, backend: Mapping[str, Any]) -> DiskFacts:
         cache_direct=cache["direct"],
         cache_no_flush=cache["no-flush"],
         detect_zeroes=inserted["detect_zeroes"],
+        may_hold_overlay=images.may_create_in(Path(disk.origin.path).parent),
         may_be_immutable=images.may_be_immutable(path),
     )
 
