@@ -9,13 +9,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from calotype.qemu import process
 from calotype.store.store import Store
 from calotype.testing.machine import Machine
 from calotype.testing.whole import is_on, picture
+from deleting import DOOMED, NOW, Contents, contents, merge_at_rest, merge_under_a_guest, unknown
 
 DISKS = ("zero.qcow2", "one.qcow2", "two.qcow2")
 Done = Callable[[str], dict[str, Any]]
@@ -110,6 +113,17 @@ def _off(vm: Subject) -> None:
     vm.stop()
 
 
+def _branch_on(vm: Subject) -> None:
+    vm.write(OLD, 1)
+    merge_under_a_guest(vm)
+    vm.write(OLD, 2)  # on top: what is written there later must not be hidden by it
+
+
+def _branch_off(vm: Subject) -> None:
+    vm.write(OLD, 1)
+    merge_at_rest(vm)
+
+
 RESTORE = (
     "CreateOverlay", "ApplyInside", "ExtractInside", "StartQemu", "CheckTopology", "LoadState",
 )  # fmt: skip
@@ -139,8 +153,30 @@ OPERATIONS = {
         ("start", "small"), _off,
         "StartQemu", "RecordStarted", "LetRun",
     ),
+    "delete on": Operation(
+        ("delete", "small", "--tag", DOOMED), _branch_on,
+        "DropSnapshot", "RemoveSnapshotFiles", "MergeDown", "Retarget", "RemoveImage",
+        "MergeDown", "RecordMerged", "RemoveImage", "DeleteInside", "Retarget",
+    ),
+    "delete off": Operation(
+        ("delete", "small", "--tag", DOOMED), _branch_off,
+        "DropSnapshot", "RemoveSnapshotFiles", "RecordMerged", "MergeUp", "RemoveImage",
+        "TakePath", "RecordMerged", "RemoveImage", "MergeDown", "RecordMerged", "RemoveImage",
+        "Retarget",
+    ),
 }  # fmt: skip
+DELETES = ("delete on", "delete off")
 WINDOW = ("stop", "migrate", "query-migrate", "transaction", "cont")
+SWITCH = (
+    "stop:1",
+    "query-jobs:1",
+    "stop:2",
+    "record:1",
+    "job-complete:1",
+    "query-jobs:2",
+    "cont:1",
+)
+"""What happens while a guest goes over from an overlay to the image below."""
 
 
 def moments(name: str, *points: str) -> list[str]:
@@ -167,6 +203,7 @@ def write_on(vm: Subject) -> bool:
     """Let the guest write on, if there is one: what it writes now must not be lost either."""
     if is_on(vm):
         vm.write(NEW, 2)
+        assert vm.reads(NEW, 2), "the record does not name the newest content"
         return True
     return False
 
@@ -180,11 +217,25 @@ def assert_data(vm: Subject, name: str, state: str, *, wrote_on: bool) -> None:
         assert vm.reads(NEW, 2)
 
 
+def held(vm: Subject, name: str) -> Contents:
+    """What the snapshots hold, where an operation touches their images."""
+    return contents(vm) if name in DELETES else {}
+
+
+def assert_held(vm: Subject, name: str, before: Contents) -> None:
+    """Each snapshot that is left holds what it held, and so does the rest of each disk."""
+    after = held(vm, name)
+    for who, contents_now in after.items():
+        rest = slice(3 << 20, None) if who == NOW else slice(None)
+        assert [disk[rest] for disk in contents_now] == [disk[rest] for disk in before[who]], who
+    assert not after or unknown(vm) == []
+
+
 def cell(vm: Subject, done: Done, name: str, moment: str, deed: str) -> str:
     """Play one cell; whether the operation happened."""
     operation = OPERATIONS[name]
     operation.prepare(vm)
-    before, after = picture(vm), done(name)
+    before, after, holding = picture(vm), done(name), held(vm, name)
     struck = vm.struck(moment, deed, operation.words)
     _, said = struck.communicate(timeout=60)
     if deed == "hang-qemu" and (qemu := process.find("CALOTYPE_VM", vm.home.name)):
@@ -197,5 +248,23 @@ def cell(vm: Subject, done: Done, name: str, moment: str, deed: str) -> str:
     vm.calotype("recover", "small")
     state = whole(vm, before, after, may_be_off=deed == "kill-qemu")
     assert_data(vm, name, state, wrote_on=wrote_on)
-    assert struck.returncode != 0 or state == "after"
+    assert_held(vm, name, holding)
+    assert state == "after" or (struck.returncode != 0 and name not in DELETES)
     return state
+
+
+def await_running(vm: Subject, patience_s: float) -> float:
+    """Wait until the guest runs, asking only QEMU; how long that took."""
+    began = time.monotonic()
+    while not vm.qmp("query-status")["running"]:
+        assert time.monotonic() - began < patience_s, "the guest stands still"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False

@@ -48,6 +48,7 @@ def test_calotype_is_killed_in_the_pause(
         for name in ("take", "restore", "start")
         for moment in moments(name, "doing", "done")
     ]
+    + [("delete on", moment) for moment in ("doing:0", *moments("delete on", "done"))]
     + [("take", f"sent:{command}") for command in WINDOW],
 )
 def test_qemu_is_killed(subject: Subject, done: Done, name: str, moment: str) -> None:

@@ -19,6 +19,7 @@ from calotype.store.store import Store
 from calotype.testing.machine import CommandFailed, wait
 from calotype.testing.whole import is_on, picture
 from crashing import (
+    DELETES,
     DISKS,
     NEW,
     OLD,
@@ -27,7 +28,11 @@ from crashing import (
     Done,
     Subject,
     assert_data,
+    assert_held,
+    await_running,
     cell,
+    held,
+    is_stopped,
     moments,
     whole,
     write_on,
@@ -85,6 +90,25 @@ def test_an_undo_past_the_point_of_no_return_that_is_killed_is_gone_on_with(
     assert_data(subject, "restore", "before", wrote_on=False)
 
 
+@pytest.mark.parametrize("name", DELETES)
+def test_recover_of_a_delete_is_killed_too_again_and_again(
+    subject: Subject, done: Done, name: str
+) -> None:
+    """Each time it comes one step further, and what is there by then is left alone."""
+    operation = OPERATIONS[name]
+    operation.prepare(subject)
+    holding = held(subject, name)
+    subject.killed_at("doing:0", operation.words)
+    for place in range(len(operation.steps)):
+        subject.killed_at(f"applied:{place}", ("recover", "small"))
+        assert subject.reads(OLD, 1), place
+        wrote_on = write_on(subject)
+    subject.calotype("recover", "small")
+    assert whole(subject, {}, done(name)) == "after"
+    assert_data(subject, name, "after", wrote_on=wrote_on)
+    assert_held(subject, name, holding)
+
+
 def test_every_command_that_writes_recovers_first(subject: Subject) -> None:
     OPERATIONS["take"].prepare(subject)
     for words in (["take", "small"], ["stop", "small", "--now"], ["start", "small"]):
@@ -109,15 +133,6 @@ def test_those_who_look_do_not_wait_and_change_nothing(subject: Subject) -> None
 # --- the guard -----------------------------------------------------------------------------------
 
 
-def await_running(vm: Subject, patience_s: float) -> float:
-    """Wait until the guest runs, asking only QEMU; how long that took."""
-    began = time.monotonic()
-    while not vm.qmp("query-status")["running"]:
-        assert time.monotonic() - began < patience_s, "the guest stands still"
-        time.sleep(0.01)
-    return time.monotonic() - began
-
-
 @pytest.mark.parametrize("deed", ["kill-self", "stop-self"])
 @pytest.mark.parametrize("command", WINDOW)
 @pytest.mark.parametrize("name", ["take", "take paused"])
@@ -129,7 +144,7 @@ def test_the_guest_runs_again_though_nobody_runs_a_command(
     before = picture(subject)
     words = (*operation.words, "--pause-limit", "1500")
     struck = subject.struck(f"sent:{command}", deed, words)
-    wait(lambda: struck.poll() is not None or _is_stopped(struck.pid), "the deed")
+    wait(lambda: struck.poll() is not None or is_stopped(struck.pid), "the deed")
     await_running(subject, 10.0)
     time.sleep(0.3)
     assert subject.qmp("query-status")["running"], "it was stopped again"
@@ -141,13 +156,6 @@ def test_the_guest_runs_again_though_nobody_runs_a_command(
     state = whole(subject, before, done(name))
     assert_data(subject, name, state, wrote_on=wrote_on)
     assert deed != "kill-self" or state == "before"
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("command", ["stop", "transaction", "cont"])

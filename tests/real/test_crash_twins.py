@@ -1,9 +1,12 @@
 """The crash tests can fail: with its mechanism taken out, each is seen to."""
 
+import subprocess
+
 import pytest
 
+from calotype.errors import CalotypeError
 from calotype.testing.whole import picture
-from crashing import OPERATIONS, Subject
+from crashing import OPERATIONS, Done, Subject, assert_held, held
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(120)]
 
@@ -32,6 +35,18 @@ RESTORE = {
     "CommitLeftBehind": "done:8",
 }
 
+DELETE = {
+    "RemoveSnapshotFiles,sweep": "delete on",
+    "MergeDown": "delete on",
+    "Retarget": "delete on",
+    "RemoveImage": "delete on",
+    "DeleteInside": "delete on",
+    "MergeUp": "delete off",
+    "TakePath": "delete off",
+    "RecordMerged": "delete off",
+}
+"""What does a kind of step, which is never undone -> the operation that needs it."""
+
 
 @pytest.mark.parametrize("mechanism", TAKE)
 def test_a_take_is_not_undone_without(subject: Subject, mechanism: str) -> None:
@@ -41,6 +56,23 @@ def test_a_take_is_not_undone_without(subject: Subject, mechanism: str) -> None:
 @pytest.mark.parametrize("mechanism", RESTORE)
 def test_a_restore_is_not_undone_without(subject: Subject, mechanism: str) -> None:
     assert is_seen(subject, "restore", RESTORE[mechanism], mechanism)
+
+
+@pytest.mark.parametrize("mechanism", DELETE)
+def test_a_delete_is_not_finished_without(subject: Subject, done: Done, mechanism: str) -> None:
+    name = DELETE[mechanism]
+    OPERATIONS[name].prepare(subject)
+    holding, after = held(subject, name), done(name)
+    subject.killed_at("done:0", OPERATIONS[name].words)
+    recovering = subject.struck("never", "kill-self", ("recover", "small"), without=mechanism)
+    recovering.communicate(timeout=60)
+
+    def compare() -> None:
+        assert picture(subject) == after
+        assert_held(subject, name, holding)
+
+    with pytest.raises((AssertionError, CalotypeError, subprocess.CalledProcessError)):
+        compare()
 
 
 def is_seen(vm: Subject, name: str, moment: str, mechanism: str) -> bool:

@@ -5,10 +5,8 @@ qemu-io while it does not; what each snapshot holds is read with qemu-img before
 """
 
 import asyncio
-import os
 import random
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -489,40 +487,6 @@ def test_a_switch_that_is_cancelled_is_seen_through_and_the_guest_runs(
     assert plain.contents() == {"now": newest}
     assert plain.overlays() == []
     plain.check()
-
-
-@pytest.mark.parametrize("is_running", [True, False])
-def test_a_delete_whose_process_is_killed_is_finished_by_recover(
-    plain: Vm, is_running: bool
-) -> None:
-    for place in range(9):
-        if plain.pid() is None:
-            plain.calotype("start", plain.name)
-        plain.write()
-        snapshot = plain.take(*DISKS_ONLY)
-        plain.write()
-        if not is_running:
-            plain.stop()
-        newest = plain.contents()["now"]
-        words = ("delete", plain.name, "--id", snapshot)
-        assert len(planned(plain, snapshot).steps) == 9
-        assert killed(plain, f"{'done' if place % 2 else 'doing'}:{place}", words) == -9
-        (told,) = plain.calotype("recover")["recovered"]
-        assert (told["operation"], told["outcome"]) == ("delete", "finished")
-        assert plain.contents() == {"now": newest}
-        assert plain.overlays() == []
-        assert plain.run_state() == ("running" if is_running else "off")
-        plain.check()
-
-
-def killed(vm: Vm, moment: str, words: tuple[str, ...]) -> int:
-    """Run a command that is killed at a moment of it; its exit code."""
-    return subprocess.run(
-        [sys.executable, "-m", "calotype.testing.crash", moment, "kill-self", *words],
-        cwd=vm.folder,
-        env={**os.environ, "CALOTYPE_STORE": str(vm.store)},
-        check=False,
-    ).returncode
 
 
 # --- lives ---------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ lost. So the guest stands still: both images are made the same, the record names
 switches, and the guest runs. Whenever we die, either image will do.
 
 A guard stands by, as in every pause. It lets the guest run when we cannot, and has QEMU switch
-first if the record says that it has. Once begun the switch is seen through: being cancelled ends
-what follows, not the switch.
+first if the record says that it has. So the record is changed only while the guard still waits:
+changed later, by one who was stopped meanwhile, it would not name what the guest has written since.
+Once begun the switch is seen through: being cancelled ends what follows, not the switch.
 """
 
 import asyncio
@@ -27,6 +28,9 @@ from calotype.qemu.monitor import Monitor
 
 LIMIT_S = 5.0
 """How long the guest may stand still; 12 to 58 ms were measured."""
+
+_RECORD_SHARE = 0.75
+"""After which share of that the record is not changed any more: the guard may soon act."""
 
 
 async def switch(world: World, monitor: Monitor, job: str, top: Image, base: Image) -> None:
@@ -47,33 +51,45 @@ async def switch(world: World, monitor: Monitor, job: str, top: Image, base: Ima
 
 async def _switch(world: World, monitor: Monitor, job: str, top: Image, base: Image) -> None:
     if not (await monitor.execute("query-status"))["running"]:
-        await seen_through(_go_over(world, monitor, job, top, base))
+        await seen_through(go_over(world, monitor, job, top, base, _in_time(LIMIT_S)))
         return
     folder = world.store.folder(world.record.id)
     async with guarding.posted(folder / launch.GUARD) as guard:
+        until = _in_time(LIMIT_S * _RECORD_SHARE)
         await guard.arm(LIMIT_S, Switch(str(folder / "record.json"), base.path, job))
-        await seen_through(_paused(world, monitor, job, top, base))
+        await seen_through(paused(world, monitor, job, top, base, until))
         await guard.stand_down()
 
 
-async def _paused(world: World, monitor: Monitor, job: str, top: Image, base: Image) -> None:
+def _in_time(seconds: float) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+async def paused(
+    world: World, monitor: Monitor, job: str, top: Image, base: Image, until: float
+) -> None:
+    """Let the guest go over while it stands still, and run in any case."""
     await monitor.execute("stop")
     try:
-        await _go_over(world, monitor, job, top, base)
+        await go_over(world, monitor, job, top, base, until)
     finally:
         await monitor.execute("cont")
 
 
-async def _go_over(world: World, monitor: Monitor, job: str, top: Image, base: Image) -> None:
-    """The guest stands still: make both the same, record the one below, have QEMU switch."""
+async def go_over(
+    world: World, monitor: Monitor, job: str, top: Image, base: Image, until: float
+) -> None:
+    """The guest stands still: make both the same, record the one below, have QEMU switch.
+
+    All is given up if it is later than *until* before the record is changed.
+    """
     try:
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout_at(until):
             await live_merge.caught_up(monitor, job)
     except TimeoutError as error:
-        raise QemuError(
-            f"the last of {top.path} could not be merged in {LIMIT_S:g} s",
-            "`calotype recover` tries again",
-        ) from error
+        raise _too_late(top) from error
+    if asyncio.get_running_loop().time() > until:
+        raise _too_late(top)
     try:
         record_newest(world, base, {top, base})
         await monitor.execute("job-complete", id=job)
@@ -82,7 +98,14 @@ async def _go_over(world: World, monitor: Monitor, job: str, top: Image, base: I
         if (await live_merge.look(monitor)).chain(top.path):
             with contextlib.suppress(HostError, StoreError):  # it is written before its picture
                 record_newest(world, top, {top, base})
-        raise
+            raise
+
+
+def _too_late(top: Image) -> QemuError:
+    return QemuError(
+        f"the last of {top.path} could not be merged in {LIMIT_S:g} s",
+        "`calotype recover` tries again",
+    )
 
 
 def record_newest(world: World, newest: Image, of: set[Image]) -> None:

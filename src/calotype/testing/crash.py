@@ -13,8 +13,12 @@ done:N             the effect of step N is done, and nothing after it
 sent:COMMAND       that command was sent inside the paused window, a millisecond ago
 handing:N          the N-th act of a handover is about to begin
 handing:run        all is handed over and recorded, and the new guest is about to be let run
+switch:COMMAND:N   that command was sent for the N-th time while a guest that stands still goes over
+                   from an overlay to the image below, a millisecond ago
+switch:record:N    ... the record was written for the N-th time there
 undoing:N          the N-th undo of a step is about to begin
 undone:N           the N-th undo of a step is done
+applied:N          the N-th effect of a step is done, by whoever finishes what was cut off too
 =================  ==============================================================================
 
 =================  ==============================================================================
@@ -30,27 +34,32 @@ EIO, ENOSPC        the effect fails with this error of the host
 ask:FD             a byte is sent to that socket and one is waited for: the caller does something
 =================  ==============================================================================
 
-`--without` takes out what undoes a kind of step, the guard, or the sweep: the twin of a test that
-everything is undone. Waits for a QEMU that hangs are shortened: hundreds of cells take minutes.
+`--without` takes out what undoes a kind of step, what does one that is never undone, the guard, or
+the sweep: the twin of a test that everything is undone. It also breaks the order in which a guest
+goes over (`order`: the record is written last), or leaves the guard ignorant of it (`switch`).
+Waits for a QEMU that hangs are shortened: hundreds of cells take minutes.
 """
 
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import runpy
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import msgspec
 
 from calotype import guard
-from calotype.engine import handover_effects, launch
+from calotype.engine import handover_effects, launch, switching
 from calotype.engine.abandon_effects import ABANDON_EFFECTS
 from calotype.engine.effects import EFFECTS
 from calotype.engine.world import Effect
@@ -67,6 +76,7 @@ from calotype.store.journal import Journal
 from calotype.store.store import Store
 
 PATIENCE_S = 2.0
+Work = Callable[..., Awaitable[None]]
 _EFFECTS = cast("dict[type[Step], Effect]", EFFECTS)
 _ABANDON_EFFECTS = cast("dict[type[Step], Effect]", ABANDON_EFFECTS)
 
@@ -101,13 +111,11 @@ def _old_pid(folder: Path) -> int:
 
 
 def _kill_guard() -> None:
-    for command in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            is_guard = guard.__file__.encode() in command.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if is_guard:
-            os.kill(int(command.parent.name), signal.SIGKILL)
+    """End the guard that we started; other commands have guards of their own."""
+    ours = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for pid in ours:
+        if guard.__file__.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def _fail(number: int) -> None:
@@ -143,7 +151,9 @@ class Striker:
     def __init__(self, moments: str, deeds: str) -> None:
         listed = map(_deed, deeds.split("+"))
         self._deeds = dict(zip(moments.split("+"), listed, strict=True))
-        self._undos = 0
+        self._counts = Counter[str]()
+        self._switched: Counter[str] | None = None
+        """How often what happened in the switch that is under way."""
 
     def reach(self, moment: str) -> None:
         """Say that a moment has come."""
@@ -198,41 +208,110 @@ class Striker:
         handover_effects.perform = performed  # type: ignore[assignment]
         handover_effects.let_run = ran
 
-    def watch_undo(self) -> None:
-        """Reach `undoing` and `undone`."""
-        for kind, effect in _EFFECTS.items():
-            if effect.revert is not None:
-                _EFFECTS[kind] = Effect(effect.apply, self._watched(effect.revert))
+    def watch_switch(self) -> None:
+        """Reach `switch`, as soon as the command is on its way, or the record is written."""
+        paused, record_newest = switching.paused, switching.record_newest
+        execute = monitor.Monitor.execute
 
-    def _watched(self, revert: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def watched(*what: Any) -> None:
+            self._switched = Counter()
+            await paused(*what)
+            self._switched = None
+
+        def recorded(*what: Any) -> None:
+            record_newest(*what)
+            if moment := self._in_switch("record"):
+                self.reach(moment)
+
+        async def executed(connection: monitor.Monitor, command: str, **arguments: Any) -> Any:
+            if moment := self._in_switch(command):
+                asyncio.get_running_loop().call_later(0.001, self.reach, moment)
+            return await execute(connection, command, **arguments)
+
+        _replace(monitor.Monitor, execute=executed)
+        _replace(switching, paused=watched, record_newest=recorded)
+
+    def _in_switch(self, what: str) -> str:
+        if self._switched is None:
+            return ""
+        self._switched[what] += 1
+        return f"switch:{what}:{self._switched[what]}"
+
+    def watch_effects(self) -> None:
+        """Reach `applied`, `undoing` and `undone`."""
+        for kind, effect in _EFFECTS.items():
+            apply = self._watched(effect.apply, "applying", "applied")
+            revert = effect.revert and self._watched(effect.revert, "undoing", "undone")
+            _EFFECTS[kind] = Effect(apply, revert)
+
+    def _watched(self, do: Work, before: str, after: str) -> Work:
         async def watched(world: Any, step: Any) -> None:
-            place, self._undos = self._undos, self._undos + 1
-            self.reach(f"undoing:{place}")
-            await revert(world, step)
-            self.reach(f"undone:{place}")
+            place = self._counts[before]
+            self._counts[before] += 1
+            self.reach(f"{before}:{place}")
+            await do(world, step)
+            self.reach(f"{after}:{place}")
 
         return watched
 
 
-def _replace(owner: type, **functions: Callable[..., Any]) -> None:
-    """Put functions of ours in the place of a class's own."""
+def _replace(owner: type | ModuleType, **functions: Callable[..., Any]) -> None:
+    """Put functions of ours in the place of a class's or a module's own."""
     for name, function in functions.items():
         setattr(owner, name, function)
 
 
 def take_out(mechanism: str) -> None:
-    """Take out what undoes a kind of step or an instant; the guard; or the sweep of recover."""
+    """Take out what undoes a kind of step or an instant, or what does one; or one of `_PARTS`."""
     for kind, effect in _EFFECTS.items():
         if kind.__name__ == mechanism:
-            _EFFECTS[kind] = Effect(effect.apply)
+            _EFFECTS[kind] = Effect(effect.apply if effect.revert else _do_nothing)
     for kind in _ABANDON_EFFECTS:
         if kind.__name__ == mechanism:
             _ABANDON_EFFECTS[kind] = Effect(_do_nothing)
-    if mechanism == "guard":
-        guarding.posted = _no_guard  # type: ignore[assignment]
-    if mechanism == "sweep":
-        _replace(Store, sweep=lambda store, vm_id: None)  # noqa: ARG005 - its signature
-        observe.sweep = _do_nothing  # type: ignore[assignment]
+    if mechanism in _PARTS:
+        _PARTS[mechanism]()
+
+
+def _without_guard() -> None:
+    _replace(guarding, posted=_no_guard)
+
+
+def _without_sweep() -> None:
+    _replace(Store, sweep=lambda store, vm_id: None)  # noqa: ARG005 - its signature
+    _replace(observe, sweep=_do_nothing)
+
+
+def _without_switch() -> None:
+    """Let the guard be told of no switch, so that it has none completed."""
+    arm = guarding.Post.arm
+
+    async def armed(post: guarding.Post, limit_s: float, _: object = None) -> None:
+        await arm(post, limit_s)
+
+    _replace(guarding.Post, arm=armed)
+
+
+def _without_order() -> None:
+    """Have QEMU go over first, and record where to afterwards."""
+    go_over, record_newest = switching.go_over, switching.record_newest
+
+    async def wrong(world: Any, connection: Any, job: str, top: Any, base: Any, _: float) -> None:
+        _replace(switching, record_newest=lambda *_: None)
+        await go_over(world, connection, job, top, base, math.inf)
+        await connection.execute("query-status")  # a moment to be struck at,
+        await asyncio.sleep(0.1)  # and time for that
+        record_newest(world, base, {top, base})
+
+    _replace(switching, go_over=wrong)
+
+
+_PARTS: dict[str, Callable[[], None]] = {
+    "guard": _without_guard,
+    "sweep": _without_sweep,
+    "switch": _without_switch,
+    "order": _without_order,
+}
 
 
 async def _do_nothing(*_: object) -> None:
@@ -258,6 +337,7 @@ def main(words: Sequence[str]) -> None:
     """Run one command, with something happening at a moment of it."""
     moment, deed, *rest = words
     monitor.REPLY_TIMEOUT_S = migration.SETTLE_S = PATIENCE_S
+    switching.LIMIT_S = PATIENCE_S * 2
     window.GRACE_MS = PATIENCE_S * 1000
     if rest[0] == "--without":
         for mechanism in rest[1].split(","):
@@ -267,7 +347,8 @@ def main(words: Sequence[str]) -> None:
     striker.watch_journal()
     striker.watch_window()
     striker.watch_handover()
-    striker.watch_undo()
+    striker.watch_switch()
+    striker.watch_effects()
     sys.argv = ["calotype", *rest]
     runpy.run_module("calotype", run_name="__main__")
 
