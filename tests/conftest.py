@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from calotype.qemu import process
-from calotype.testing.machine import thaw_all
+from calotype.testing.machine import Machine, thaw_all
 from calotype.testing.whole import picture
 from calotype.testing.witness import Witness, witness
 from calotype.testing.witness_vm import WitnessVm
 from crashing import DISKS, OPERATIONS, Done, Subject
+from refusing import machine_with_snapshots
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,3 +88,23 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         return pictures[name]
 
     return look
+
+
+# --- machines that nothing may change ------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine that is off; each test leaves it as it found it."""
+    vm = machine_with_snapshots(tmp_path_factory.mktemp("off"))
+    vm.stop()
+    yield vm
+    vm.clean_up()
+
+
+@pytest.fixture(scope="session")
+def on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine that runs; each test leaves it as it found it."""
+    vm = machine_with_snapshots(tmp_path_factory.mktemp("on"))
+    yield vm
+    vm.clean_up()

@@ -38,7 +38,7 @@ def command(settings: Settings, name: str) -> None:
     from calotype.qemu.monitor import open_socket  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     record = store.find(name)
     if launch.is_running(store, record) is None:
         raise ConflictError(

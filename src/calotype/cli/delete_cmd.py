@@ -62,7 +62,7 @@ def command(
     from calotype.plan.delete import DeleteRequest  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     chosen = _chosen(store, store.find(name), id_prefixes, tag, leftovers)
     request = DeleteRequest(chosen, children)
     if dry_run:

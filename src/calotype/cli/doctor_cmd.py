@@ -19,7 +19,7 @@ def command(settings: Settings, rebuild: bool) -> None:  # noqa: ARG001 - the on
     """Put the store right: the index is made anew from the manifests, which are the truth."""
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     count = store.rebuild_index()
     if store.index.fault is not None:
         raise store.index.fault

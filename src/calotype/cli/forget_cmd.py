@@ -16,7 +16,9 @@ def command(settings: Settings, name: str) -> None:
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    record, folder, manifests = run_async(operations.forget(Store(settings.store_path), name))
+    record, folder, manifests = run_async(
+        operations.forget(Store(settings.store_path, make=False), name)
+    )
     disks = {disk.name: disk.active.path for disk in record.disks}
     told = {
         "vm": name,

@@ -16,7 +16,7 @@ def command(settings: Settings, name: str, verbose: bool) -> None:
     from calotype.engine.history import history  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     past = history(store, store.find(name))
     lines = []
     for each in past:

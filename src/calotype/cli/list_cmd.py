@@ -24,7 +24,7 @@ def command(settings: Settings, name: str | None, quiet: bool) -> None:
 
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     records, damage = ([store.find(name)], []) if name is not None else store.sound_records()
     for record in records:
         damage += store.sound_manifests(record.id)[1]

@@ -23,7 +23,7 @@ def command(settings: Settings, name: str, qemu: bool, follow: bool) -> None:
     from calotype.errors import InterruptError, NotFoundError  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     record = store.find(name)
     path = store.folder(record.id) / (launch.QEMU_LOG if qemu else launch.CONSOLE_LOG)
     if not path.exists():

@@ -17,7 +17,7 @@ def command(
     from calotype.engine.select import select  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
     run_async(labelling.protect(store, name, entry.id, is_protected=True))
     told = {"vm": name, "id": entry.id, "is_protected": True}

@@ -16,7 +16,7 @@ def command(settings: Settings, quiet: bool) -> None:
     from calotype.engine import looking  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
 
     records, damage = store.sound_records()
 

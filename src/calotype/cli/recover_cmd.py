@@ -19,7 +19,7 @@ def command(settings: Settings, name: str | None) -> None:
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     vms, damage = ([store.find(name)], []) if name is not None else store.sound_records()
 
     failures: list[CalotypeError] = []

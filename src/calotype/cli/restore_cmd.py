@@ -72,7 +72,7 @@ def command(
     from calotype.plan.restore import RestoreRequest  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
     request = RestoreRequest(run_state, discard_current, accept_touched, keep_current)
     if plan_only:

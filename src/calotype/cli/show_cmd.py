@@ -29,7 +29,7 @@ def command(
     from calotype.model.labels import labelled  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     record = store.find(name)
     if id_prefix is None and tag is None and not latest:
         frozen = [disk.origin.path for disk in record.disks if disk.active != disk.origin]

@@ -13,5 +13,5 @@ def command(settings: Settings, name: str) -> None:
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    record = run_async(operations.start(Store(settings.store_path), name), UNDONE)
+    record = run_async(operations.start(Store(settings.store_path, make=False), name), UNDONE)
     say(settings, {"vm": record.name, "vm_id": record.id}, [f"{record.name} runs"])

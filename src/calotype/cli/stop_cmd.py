@@ -24,7 +24,7 @@ def command(settings: Settings, name: str, now: bool, timeout: float) -> None:
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    work = operations.stop(Store(settings.store_path), name, now=now, timeout_s=timeout)
+    work = operations.stop(Store(settings.store_path, make=False), name, now=now, timeout_s=timeout)
     run_async(work, STOPPED if now else _not_awaited(name))
     say(settings, {"vm": name}, [f"{name} is off"])
 

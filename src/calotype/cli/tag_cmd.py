@@ -18,7 +18,7 @@ def command(
     from calotype.engine.select import select  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
     run_async(labelling.tag(store, name, entry.id, new))
     say(settings, {"vm": name, "id": entry.id, "tag": new}, [f"{entry.id}  {new!r}"])

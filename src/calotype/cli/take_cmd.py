@@ -85,7 +85,7 @@ def command(
     names.check_tag(tag)
     names.check_description(description)
     _refuse_contradiction(machine_state, method)
-    store = Store(settings.store_path)
+    store = Store(settings.store_path, make=False)
     request = TakeRequest(machine_state, method, pause_limit, _disk_kinds(disks))
     if plan_only:
         plan = run_async(operations.plan_only(store, name, request))

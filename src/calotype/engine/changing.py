@@ -48,9 +48,12 @@ async def changing(
         NotFoundError: There is no such VM.
         ConflictError: Somebody else is at it, or something could not be brought to an end.
         StoreError: A journal was altered: nobody knows what would have to be brought to an end.
+        HostError: The index cannot be changed: what is done could not be found again.
     """
     record = store.find(name)
     with store.locked(record, word):
+        if whole and store.index.fault is not None:
+            raise store.index.fault
         try:
             await seen_through(recover(store, record, progress))
         except StoreError:

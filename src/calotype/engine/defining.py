@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 from msgspec.structs import replace
 
-from calotype.errors import ConflictError, RequestError, StoreError
+from calotype.errors import ConflictError, StoreError
 from calotype.formats import argv as command_line
 from calotype.formats.argv import CommandLine, DiskArgument
 from calotype.model import names
@@ -42,8 +42,7 @@ def define_new(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> bool
         HostError: An image is missing.
         RequestError: That cannot be a name.
     """
-    if not name or not name.isprintable() or name.startswith("-"):
-        raise RequestError(f"{name!r} cannot name a VM", "use printable characters, no '-' first")
+    names.check_name(name)
     command = CommandLine.parse(argv)
     with store.naming():
         if store.index.vm_named(name) is not None:

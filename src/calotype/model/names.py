@@ -76,6 +76,22 @@ def is_text(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+def check_name(name: str) -> None:
+    """Refuse what cannot name a VM.
+
+    Raises:
+        RequestError: It is empty, too long, not printable, or looks like an option.
+    """
+    if not name or not name.isprintable() or name.startswith("-"):
+        raise RequestError(
+            f"{name[:60]!r} cannot name a VM", "use printable characters, no '-' first"
+        )
+    if len(name) > LONGEST_TAG:
+        raise RequestError(
+            f"the name has {len(name)} characters", f"shorten it to {LONGEST_TAG} at most"
+        )
+
+
 def check_tag(tag: str) -> None:
     """Refuse a tag that could not be kept, or not be told in one line.
 

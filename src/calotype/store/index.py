@@ -95,15 +95,21 @@ def entry_of(manifest: Manifest, labels: Labels = UNLABELLED) -> SnapshotEntry:
 
 
 class Index:
-    """The index in the file *path*; a file that is no index of this version counts as empty."""
+    """The index in the file *path*; a file that is no index of this version counts as empty.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Without a path there is nothing to be kept an index of: it is empty, and in memory.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path or Path()
         self._memory: sqlite3.Connection | None = None
         self.fault: HostError | None = None
         """Why the file cannot be used; the index is in memory then, and cannot be changed."""
         try:
-            self._repaired(self._make)
+            if path is None:
+                self._hold_in_memory()
+            else:
+                self._repaired(self._make)
         except HostError as error:
             self._turn_to_memory(error)
 
@@ -119,6 +125,9 @@ class Index:
     def _turn_to_memory(self, fault: HostError) -> None:
         """Go on with an empty index that nobody else sees."""
         self.fault = fault
+        self._hold_in_memory()
+
+    def _hold_in_memory(self) -> None:
         self._memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         _make_tables(self._memory)
 

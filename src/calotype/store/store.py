@@ -54,16 +54,22 @@ class Store:
 
     Args:
         root: The folder; made if it is not there, for its owner alone.
+        make: Make what is not there yet. Who looks does not: a store that is not there is empty.
 
     Attributes:
         damage: The files that could not be read when the index was made anew, just now.
 
     Raises:
-        HostError: The folder cannot be made.
+        HostError: The folder cannot be made, or holds other things.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, make: bool = True) -> None:
         self.root = root
+        self.damage: list[StoreError] = []
+        _refuse_other_things(root)
+        if not make and not self._vms.is_dir():
+            self.index = Index(None)
+            return
         try:
             for folder in (root, self._vms, self._forgotten):
                 make_private_directory(folder)
@@ -71,7 +77,6 @@ class Store:
             raise HostError(
                 f"cannot keep a store in {root}: {error.strerror}", "name another with --store"
             ) from error
-        self.damage: list[StoreError] = []
         self.index = Index(root / "index.sqlite")
         if not self.index.is_current(self._ids_on_disk()):
             self.rebuild_index()
@@ -329,6 +334,25 @@ class Store:
         """The folders of the snapshots of a VM, or of all (`*`), that have a manifest, by id."""
         manifests = self._vms.glob(f"{vm_id}/snapshots/*/manifest.json")
         return {path.parent.name: path.parent for path in manifests}
+
+
+_OURS = frozenset({"vms", "forgotten", "index.sqlite", "naming.lock"})
+_OF_ANY_FILE_SYSTEM = frozenset({"lost+found"})
+
+
+def _refuse_other_things(root: Path) -> None:
+    """Refuse to keep a store, and to make private, what is no store of ours and not empty.
+
+    Raises:
+        HostError: It is no folder, or it holds other things and nothing of ours.
+    """
+    remedy = "name another with --store"
+    if root.exists() and not root.is_dir():
+        raise HostError(f"cannot keep a store in {root}: it is no folder", remedy, path=str(root))
+    with host_errors(root):
+        found = {entry.name for entry in root.iterdir()} if root.is_dir() else set()
+    if found - _OF_ANY_FILE_SYSTEM and not found & _OURS:
+        raise HostError(f"{root} is no store: it holds other things", remedy, path=str(root))
 
 
 def _sound(
