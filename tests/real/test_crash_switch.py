@@ -126,7 +126,7 @@ def test_who_comes_back_too_late_does_not_record_what_is_not_newest(
     """It was stopped just before it would have changed the record, and QEMU dies right after."""
     OPERATIONS[name].prepare(subject)
     before = picture(subject)
-    moments, deeds = "switch:stop:2+switch:record:1", "stop-self+kill-qemu"
+    moments, deeds = "answer:stop:2+switch:record:1", "stop-self+kill-qemu"
     struck = subject.struck(moments, deeds, begin(subject, name))
     wait(lambda: is_stopped(struck.pid), "the deed")
     await_running(subject, LIMIT_S)

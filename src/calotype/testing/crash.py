@@ -16,6 +16,7 @@ handing:run        all is handed over and recorded, and the new guest is about t
 switch:COMMAND:N   that command was sent for the N-th time while a guest that stands still goes over
                    from an overlay to the image below, a millisecond ago
 switch:record:N    ... the record was written for the N-th time there
+answer:COMMAND:N   ... that command was answered for the N-th time there
 undoing:N          the N-th undo of a step is about to begin
 undone:N           the N-th undo of a step is done
 applied:N          the N-th effect of a step is done, by whoever finishes what was cut off too
@@ -224,9 +225,13 @@ class Striker:
                 self.reach(moment)
 
         async def executed(connection: monitor.Monitor, command: str, **arguments: Any) -> Any:
-            if moment := self._in_switch(command):
-                asyncio.get_running_loop().call_later(0.001, self.reach, moment)
-            return await execute(connection, command, **arguments)
+            moment = self._in_switch(command)
+            if not moment:
+                return await execute(connection, command, **arguments)
+            asyncio.get_running_loop().call_later(0.001, self.reach, moment)
+            answer = await execute(connection, command, **arguments)
+            self.reach(moment.replace("switch", "answer", 1))
+            return answer
 
         _replace(monitor.Monitor, execute=executed)
         _replace(switching, paused=watched, record_newest=recorded)
