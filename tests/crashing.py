@@ -16,7 +16,7 @@ from typing import Any
 
 from calotype.qemu import process
 from calotype.store.store import Store
-from calotype.testing.machine import Machine
+from calotype.testing.machine import Machine, wait
 from calotype.testing.whole import is_on, picture
 from deleting import DOOMED, NOW, Contents, contents, merge_at_rest, merge_under_a_guest, unknown
 
@@ -166,6 +166,7 @@ OPERATIONS = {
     ),
 }  # fmt: skip
 DELETES = ("delete on", "delete off")
+STANDING = ("paused", "finish-migrate", "postmigrate")
 WINDOW = ("stop", "migrate", "query-migrate", "transaction", "cont")
 SWITCH = (
     "stop:1",
@@ -200,8 +201,13 @@ def whole(
 
 
 def write_on(vm: Subject) -> bool:
-    """Let the guest write on, if there is one: what it writes now must not be lost either."""
+    """Let the guest write on, if there is one: what it writes now must not be lost either.
+
+    A guest that is stopped writes nothing: the guard lets it run again. Until then QEMU may have
+    given its images up, and would abort at a write (block/io.c: `BDRV_O_INACTIVE`).
+    """
     if is_on(vm):
+        wait(lambda: vm.qmp("query-status")["status"] not in STANDING, "the guard")
         vm.write(NEW, 2)
         assert vm.reads(NEW, 2), "the record does not name the newest content"
         return True
