@@ -22,6 +22,13 @@ from calotype.store.journal import Began, Did, Doing, Ended, Entry, Journal, Und
 
 STEPS = get_args(AnyStep)
 
+UNTIMED = settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+"""A step may hold two whole records: to make one up takes as long as it takes."""
+
 
 def filled(folder: Path) -> Journal:
     """The journal of an operation that fails in its second step, without an end."""
@@ -106,7 +113,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("kind", STEPS)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@UNTIMED
 @given(data=st.data())
 def test_every_kind_of_step_is_read_back(
     tmp_path: Path, kind: type[Step], data: st.DataObject
@@ -120,7 +127,7 @@ def test_every_kind_of_step_is_read_back(
 
 
 @pytest.mark.parametrize("kind", [each for each in get_args(Entry) if each is not Began])
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@UNTIMED
 @given(data=st.data())
 def test_every_kind_of_entry_is_read_back(
     tmp_path: Path, kind: type[Struct], data: st.DataObject
