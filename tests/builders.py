@@ -11,6 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from calotype.model import names
+from calotype.model.acts import WritePid, exchange
 from calotype.model.identity import Identity
 from calotype.model.snapshot import (
     MachineStatePart,
@@ -32,7 +33,7 @@ from calotype.model.vm import (
     VmRecord,
 )
 from calotype.plan.compose import Outcome
-from calotype.plan.restore import Found
+from calotype.plan.restore import Found, Running
 from calotype.plan.steps import AwaitSave, Commit, MakeSnapshotFolder
 from calotype.store.journal import Began
 
@@ -146,6 +147,22 @@ def make_migration(**changes: Any) -> MigrationFacts:
         blocked_reasons=(),
     )
     return _changed(migration, changes)
+
+
+def make_running(**changes: Any) -> Running:
+    """A QEMU that runs, with a pidfile and a socket of ours to hand over."""
+    forth, back = exchange("/store/vm/control.sock")
+    running = Running(
+        was_running=True,
+        endpoints=(("pidfile /vm/pid", "written"),),
+        forth=(*forth, WritePid("new", "/vm/pid")),
+        back=(WritePid("old", "/vm/pid"), *back),
+        unshared=(),
+        jobs=(),
+        can_let_go=True,
+        migration=make_migration(),
+    )
+    return _changed(running, changes)
 
 
 def make_host(**changes: Any) -> HostFacts:

@@ -6,7 +6,7 @@ not end it, and nothing but the standard library, so that it starts in a moment.
 
     owner                                   guard
       <----------------------------- READY    it has greeted QEMU
-      ARM {seconds, switch} -------------->   the deadline counts from here
+      ARM {seconds, switch, handover} ---->   the deadline counts from here
       <----------------------------- ARMED    only now does the owner stop the guest
       ... the pause ...
       STAND DOWN ------------------------->   the guest runs, or need not
@@ -23,12 +23,18 @@ letting it run is right only if QEMU writes to the image that the record names. 
 inside that pause, before QEMU switches; so if it names the one below, the guard first has QEMU
 complete the job that switches.
 
-Run as: python -m calotype.guard QMP-FD OWNER-FD
+In a *handover* (another QEMU takes the VM's place) it is the record again that says whose guest is
+to run. If it names the images of the new one, the guard lets that run; else it ends it, hands back
+what had been handed over (acts of `model.acts`, as JSON), and lets the old one run.
+
+Run as: python -m calotype.guard QMP-FD OWNER-FD [NEW-QMP-FD NEW-PID-FD]
 """
 
 import contextlib
 import json
+import os
 import select
+import signal
 import socket
 import sys
 import time
@@ -59,7 +65,7 @@ class Qemu:
         self._lines.readline()
         self.ask("qmp_capabilities")
 
-    def ask(self, command: str, **arguments: str) -> Any:
+    def ask(self, command: str, **arguments: Any) -> Any:
         """Send a command; its value, or None where QEMU refused it."""
         words = {"execute": command, "arguments": arguments}
         self._connection.sendall(json.dumps(words).encode() + b"\n")
@@ -77,6 +83,7 @@ class Orders:
         told = json.loads(words.removeprefix(ARM))
         self.seconds = float(told["seconds"])
         self.switch: dict[str, str] | None = told["switch"]
+        self.handover: dict[str, Any] | None = told["handover"]
 
 
 def watch(owner: socket.socket) -> Orders | None:
@@ -94,13 +101,13 @@ def watch(owner: socket.socket) -> Orders | None:
     return orders
 
 
-def rescue(qemu: Qemu, orders: Orders) -> None:
+def rescue(qemu: Qemu, switch: dict[str, str] | None = None) -> None:
     """Let the guest run, and look until it surely does."""
     until = time.monotonic() + RESCUE_S
     steady = 0
     qemu.ask("migrate_cancel")
-    if orders.switch is not None and is_recorded(orders.switch):
-        complete(qemu, orders.switch["job"], until)
+    if switch is not None and is_recorded(switch):
+        complete(qemu, switch["job"], until)
     while steady < STEADY and time.monotonic() < until:
         status = qemu.ask("query-status") or {}
         steady = steady + 1 if status.get("running") else 0
@@ -111,12 +118,40 @@ def rescue(qemu: Qemu, orders: Orders) -> None:
             time.sleep(LOOK_S)
 
 
-def is_recorded(switch: dict[str, str]) -> bool:
-    """Whether the record names the image below as the newest of some disk."""
+def take_side(old: Qemu, new: Qemu, new_pid_fd: int, handover: dict[str, Any]) -> None:
+    """Let the guest of the one QEMU run whose images the record names."""
+    if is_recorded(handover):
+        if handover["let_run"]:
+            rescue(new)
+        return
+    signal.pidfd_send_signal(new_pid_fd, signal.SIGKILL)
+    select.select([new_pid_fd], [], [], RESCUE_S)  # until it is gone it has its ports
+    for act in handover["back"]:
+        with contextlib.suppress(OSError):  # it had not been handed over
+            hand_back(old, act)
+    rescue(old)
+
+
+def hand_back(old: Qemu, act: dict[str, Any]) -> None:
+    """Carry out one act of those that hand the host's things back."""
+    if act["type"] == "Tell":
+        old.ask(act["command"], **act["arguments"])
+    elif act["type"] == "Move":
+        os.rename(act["source"], act["target"])  # noqa: PTH104 - pathlib takes time to import
+        os.unlink(act["source"])  # noqa: PTH108 - two names of one file are both left, rename(2)
+    elif act["type"] == "Drop":
+        os.unlink(act["path"])  # noqa: PTH108
+    elif act["type"] == "WritePid":
+        with open(act["path"], "w") as file:  # noqa: PTH123
+            file.write(f"{act['pid']}\n")
+
+
+def is_recorded(change: dict[str, Any]) -> bool:
+    """Whether the record names the image that the guest is to go over to as the newest."""
     try:
-        with open(switch["record"], "rb") as file:  # noqa: PTH123 - pathlib takes time to import
+        with open(change["record"], "rb") as file:  # noqa: PTH123 - pathlib takes time to import
             disks = json.load(file)["disks"]
-        return any(disk["active"]["path"] == switch["base"] for disk in disks)
+        return any(disk["active"]["path"] == change["newest"] for disk in disks)
     except (OSError, ValueError, LookupError, TypeError):  # a damaged one names nothing
         return False
 
@@ -133,14 +168,19 @@ def complete(qemu: Qemu, job: str, until: float) -> None:
 
 def main() -> None:
     """Guard one pause."""
-    qmp_fd, owner_fd = map(int, sys.argv[1:])
+    qmp_fd, owner_fd, *new_fds = map(int, sys.argv[1:])
     with socket.socket(fileno=qmp_fd) as connection, socket.socket(fileno=owner_fd) as owner:
         qemu = Qemu(connection)
-        with contextlib.suppress(OSError, ValueError):  # one of the two is gone, be it in mid-word
+        with contextlib.suppress(OSError, ValueError):  # one of them is gone, be it in mid-word
             qemu.greet()
+            if new_fds:
+                new = Qemu(socket.socket(fileno=new_fds[0]))
+                new.greet()
             orders = watch(owner)
-            if orders is not None:
-                rescue(qemu, orders)
+            if orders is not None and orders.handover is not None:
+                take_side(qemu, new, new_fds[1], orders.handover)
+            elif orders is not None:
+                rescue(qemu, orders.switch)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from calotype.store.store import Store
 from calotype.testing.machine import CommandFailed, wait
 from calotype.testing.whole import is_on, picture
 from crashing import (
+    DISKS,
     NEW,
     OLD,
     OPERATIONS,
@@ -185,6 +186,41 @@ def test_a_paused_vm_stays_paused_whatever_dies(subject: Subject) -> None:
 @pytest.mark.parametrize("moment", [*moments("take", "doing"), "sent:stop", "sent:transaction"])
 def test_qemu_hangs(subject: Subject, done: Done, moment: str) -> None:
     cell(subject, done, "take", moment, "hang-qemu")
+
+
+def test_a_line_before_the_monitor_that_does_not_move_is_not_waited_for(subject: Subject) -> None:
+    qemu = subject.pid()
+    assert qemu is not None
+    os.kill(qemu, signal.SIGSTOP)
+    for _ in range(3):  # each leaves one more waiting in QEMU's line
+        with pytest.raises(CommandFailed, match="gave no greeting"):
+            subject.calotype("take", "small", "--plan")
+        with pytest.raises(CommandFailed, match="gave no greeting"):
+            subject.calotype("take", "small")
+        assert subject.run_state() == "busy"
+    subject.stop()
+    assert subject.run_state() == "off"
+
+
+def test_a_qemu_that_dies_in_an_internal_snapshot_leaves_a_sound_image(subject: Subject) -> None:
+    """It counts the clusters, then writes the table: what is left between the two is made here."""
+    subject.write(OLD, 1)
+    subject.killed_at("done:9", OPERATIONS["take"].words)
+    subject.kill()
+    with (subject.folder / DISKS[1]).open("r+b") as image:
+        image.seek(SNAPSHOT_COUNT_AT)
+        assert image.read(4) == b"\0\0\0\1"
+        image.seek(SNAPSHOT_COUNT_AT)
+        image.write(bytes(4))
+    with pytest.raises(subprocess.CalledProcessError):
+        subject.check_image(subject.folder / DISKS[1])
+    subject.calotype("recover", "small")
+    subject.check_image(subject.folder / DISKS[1])
+    assert subject.reads(OLD, 1)
+
+
+SNAPSHOT_COUNT_AT = 60
+"""Where a qcow2's header has the number of its internal snapshots (docs/interop/qcow2.rst)."""
 
 
 class Proxy:

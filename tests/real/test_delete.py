@@ -599,3 +599,50 @@ def test_the_middle_of_three_goes_while_the_guest_runs_and_the_others_stay_consi
     ]
     for path in vm.folder.glob("*.qcow2"):
         vm.check_image(path)
+
+
+# --- images that something else stands on --------------------------------------------------------
+
+
+def test_an_image_that_another_vm_stands_on_is_left_alone(plain: Vm) -> None:
+    plain.write()
+    snapshot = plain.take(*DISKS_ONLY)
+    plain.write()
+    (plain.folder / "elsewhere").mkdir()
+    other, kept = plain.folder / "elsewhere" / "other.qcow2", plain.folder / "kept.raw"
+    backing = ("-b", str(plain.folder / "zero.qcow2"), "-F", "qcow2")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, other], check=True)
+    subprocess.run(["qemu-img", "convert", "-U", "-O", "raw", other, kept], check=True)
+    plain.calotype("run", "other", "--", *plain.argv(disks=(str(other),)))
+    plain.calotype("stop", "other", "--now")
+    plain.calotype("delete", plain.name, "--id", snapshot)
+    compared: list[str | Path] = [
+        "qemu-img",
+        "compare",
+        "-q",
+        "-U",
+        "-f",
+        "qcow2",
+        "-F",
+        "raw",
+        other,
+        kept,
+    ]
+    subprocess.run(compared, check=True)
+    plain.calotype("stop", plain.name, "--now")
+
+
+def test_the_newest_image_of_a_disk_that_was_set_aside_is_left_alone(plain: Vm) -> None:
+    plain.write()
+    first = plain.take(*DISKS_ONLY)
+    plain.write()
+    inside = ("--disk", "virtio1=internal", "--disk", "virtio0=skip")
+    second = plain.take(*DISKS_ONLY, *inside)
+    plain.write()
+    plain.stop()
+    newest = Path(plain.active()[1].path)
+    plain.define(disks=("zero.qcow2",))
+    plain.calotype("delete", plain.name, "--id", first, "--id", second)
+    assert newest.exists()
+    plain.define()
+    assert plain.active()[1].path == str(newest)

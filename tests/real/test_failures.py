@@ -247,16 +247,6 @@ def test_a_state_that_cannot_be_loaded_undoes_the_restore(boot: Boot) -> None:
     vm.await_rounds(20, mark)
 
 
-def test_a_running_vm_is_not_restored_over(boot: Boot) -> None:
-    vm = boot()
-    vm.calotype("take", vm.name, "--tag", "one")
-    before = picture(vm)
-    with pytest.raises(CommandFailed, match="runs") as refused:
-        vm.calotype("restore", vm.name, "--tag", "one")
-    assert refused.value.data["exit_code"] == 6
-    assert picture(vm) == before
-
-
 def test_the_old_command_line_fails_loudly_even_for_root(boot: Boot) -> None:
     vm = boot()
     vm.calotype("take", vm.name)

@@ -21,6 +21,7 @@ from builders import (
     make_manifest,
     make_part,
     make_record,
+    make_running,
 )
 from calotype import errors
 from calotype.cli.main import COMMANDS, cli
@@ -295,9 +296,11 @@ def restored() -> set[type[Step]]:
     record = make_record([*disks, make_disk_record(2), make_disk_record(3)])
     found = make_found(manifest, record)
     plans = [
-        plan_restore(manifest, record, found, RestoreRequest(run_state, discard), OTHER)
+        plan_restore(manifest, record, found, request, OTHER, running)
         for run_state in ("running", "paused")
         for discard in (True, False)
+        for request in (RestoreRequest(run_state, discard, keep_current=not discard),)
+        for running in (None, make_running())
     ]
     return {type(step) for plan in plans for step in plan.steps}
 

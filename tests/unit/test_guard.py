@@ -1,6 +1,8 @@
 """The guard, as the real process, between a QEMU that is played here and an owner that is too."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -90,13 +92,24 @@ class Qemu:
         return {"return": {}}
 
 
+class New(Qemu):
+    """A QEMU that is to take the place of the other; a process stands for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.process = subprocess.Popen(["sleep", "60"])
+        self.pid = self.process.pid
+
+
 class Owner:
     """The one who takes the snapshot, and the guard that it has posted."""
 
-    def __init__(self, qemu: Qemu) -> None:
+    def __init__(self, qemu: Qemu, new: "New | None" = None) -> None:
         self.line, theirs = socket.socketpair()
         self.line.settimeout(PATIENCE_S)
-        descriptors = (qemu.theirs.fileno(), theirs.fileno())
+        descriptors = [qemu.theirs.fileno(), theirs.fileno()]
+        if new is not None:
+            descriptors += [new.theirs.fileno(), os.pidfd_open(new.pid)]
         self.guard = subprocess.Popen(
             [sys.executable, "-I", "-S", guard.__file__, *map(str, descriptors)],
             pass_fds=descriptors,
@@ -104,10 +117,18 @@ class Owner:
         )
         theirs.close()
         qemu.theirs.close()
+        if new is not None:
+            new.theirs.close()
+            os.close(descriptors[-1])
 
-    def arm(self, limit_s: float = PATIENCE_S, switch: dict[str, str] | None = None) -> None:
+    def arm(
+        self,
+        limit_s: float = PATIENCE_S,
+        switch: dict[str, str] | None = None,
+        handover: dict[str, Any] | None = None,
+    ) -> None:
         assert self.line.recv(64) == READY
-        orders = {"seconds": limit_s, "switch": switch}
+        orders = {"seconds": limit_s, "switch": switch, "handover": handover}
         self.line.sendall(guard.ARM + json.dumps(orders).encode() + b"\n")
         assert self.line.recv(64) == ARMED
 
@@ -115,7 +136,7 @@ class Owner:
         self.line.close()
 
 
-Posted = Callable[[Qemu], Owner]
+Posted = Callable[..., Owner]
 
 
 @pytest.fixture
@@ -123,10 +144,12 @@ def posted() -> Iterator[Posted]:
     """Post a guard before a QEMU; both are ended in the end."""
     owners = []
 
-    def post(qemu: Qemu) -> Owner:
-        owner = Owner(qemu)
+    def post(qemu: Qemu, new: New | None = None) -> Owner:
+        owner = Owner(qemu, new)
         owners.append(owner)
         qemu.start()
+        if new is not None:
+            new.start()
         return owner
 
     yield post
@@ -302,7 +325,7 @@ def record(folder: Path, newest: str) -> dict[str, str]:
     """The switch from `top` to `base`, where the record names *newest* by now."""
     path = folder / "record.json"
     path.write_text(json.dumps({"disks": [{"active": {"path": newest}}]}))
-    return {"record": str(path), "base": "base", "job": "merge"}
+    return {"record": str(path), "newest": "base", "job": "merge"}
 
 
 def test_a_switch_that_is_recorded_is_completed_before_the_guest_runs(
@@ -346,6 +369,67 @@ def test_a_switch_that_is_not_recorded_is_not_made(
     assert_quiet_end(owner, qemu)
     assert "job-complete" not in qemu.asked
     assert_rescued(qemu)
+
+
+# --- a handover ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def new() -> Iterator[New]:
+    made = New()
+    yield made
+    made.process.kill()
+    made.process.wait(PATIENCE_S)
+    made.ours.close()
+    made.theirs.close()
+
+
+def handover(folder: Path, newest: str) -> dict[str, Any]:
+    """The handover to images of which `base` is one, where the record names *newest* by now."""
+    (folder / "sock").write_text("new")
+    (folder / "sock.prev").write_text("old")
+    (folder / "sock.next").write_text("dead")
+    back = [
+        {"type": "Move", "source": str(folder / "gone.prev"), "target": str(folder / "gone")},
+        {"type": "Tell", "command": "hostfwd_add", "arguments": {"a-b": 1}},
+        {"type": "WritePid", "path": str(folder / "pid"), "pid": 77},
+        {"type": "Move", "source": str(folder / "sock.prev"), "target": str(folder / "sock")},
+        {"type": "Drop", "path": str(folder / "sock.next")},
+    ]
+    return {**record(folder, newest), "let_run": True, "back": back}
+
+
+def test_a_handover_that_is_not_recorded_is_handed_back(
+    posted: Posted, new: New, tmp_path: Path
+) -> None:
+    qemu = Qemu()
+    owner = posted(qemu, new)
+    owner.arm(handover=handover(tmp_path, "top"))
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    assert new.process.wait(PATIENCE_S) == -signal.SIGKILL
+    assert "cont" not in new.asked
+    assert qemu.asked[1:3] == ["hostfwd_add", "migrate_cancel"]
+    assert qemu.statuses[-STEADY:] == ["running"] * STEADY
+    assert (tmp_path / "pid").read_text() == "77\n"
+    assert (tmp_path / "sock").read_text() == "old"
+    assert not (tmp_path / "sock.prev").exists()
+    assert not (tmp_path / "sock.next").exists()
+
+
+@pytest.mark.parametrize("let_run", [True, False])
+def test_a_handover_that_is_recorded_is_the_new_ones_to_run(
+    posted: Posted, new: New, tmp_path: Path, let_run: bool
+) -> None:
+    qemu = Qemu()
+    owner = posted(qemu, new)
+    owner.arm(handover=handover(tmp_path, "base") | {"let_run": let_run})
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    assert new.process.poll() is None
+    assert qemu.asked == NEGOTIATED
+    assert new.status == ("running" if let_run else "paused")
+    assert (tmp_path / "sock").read_text() == "new"
 
 
 # --- QEMU is gone --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import ctypes, threading, time
 threading.Thread(target=time.sleep, args=(60,)).start()
 ctypes.CDLL(None).pthread_exit(None)
 """
-"""Its first thread ends, and another goes on: as in a QEMU that was killed, for a moment."""
+"""Its first thread ends, and another goes on: so a QEMU that was killed looks for a moment."""
 
 
 def test_a_process_is_not_gone_while_a_thread_of_it_holds_its_files() -> None:

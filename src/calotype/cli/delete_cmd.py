@@ -1,5 +1,6 @@
 """`calotype delete`: delete snapshots and merge the images that they leave."""
 
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -100,17 +101,22 @@ def _say_plan(settings: Settings, name: str, plan: "DeletePlan") -> None:
     error = as_error(name, plan)
     told = {"plan": msgspec.to_builtins(plan)}
     told |= {"error": error_members(error)} if error else {}
-    say(settings, told, list(_plan_lines(plan)))
+    say(settings, told, [*_plan_lines(plan), *_later(settings, name, plan)])
     if error:
         tell_error(error)
         raise click.exceptions.Exit(error.exit_code)
 
 
 def _plan_lines(plan: "DeletePlan") -> Iterator[str]:
+    from calotype.plan.steps import TakePath  # noqa: PLC0415
+
     yield f"deletes: {', '.join(plan.snapshots) or 'no snapshot'}"
     yield f"frees: {_freed(plan)}"
     for snapshot, parent in plan.reparented.items():
         yield f"{snapshot} descends from {parent or 'no snapshot'} then"
+    for step in plan.steps:
+        if isinstance(step, TakePath):
+            yield f"replaces {step.origin} by {step.copy}, which holds the newest content"
     for path in plan.removes:
         yield f"removes {path}"
     for merge in plan.merges:
@@ -128,9 +134,28 @@ def _plan_lines(plan: "DeletePlan") -> Iterator[str]:
         yield f"blocker: {blocker.problem}; what to do: {blocker.remedy}"
 
 
+def _later(settings: Settings, name: str, plan: "DeletePlan") -> Iterator[str]:
+    """How what has to wait for the VM to be off is brought to an end."""
+    if plan.is_more_when_off:
+        stop = shlex.join(settings.suggested("stop", name))
+        delete = shlex.join(settings.suggested("delete", name, "--leftovers"))
+        yield f"more goes once it is off: `{stop}`, then `{delete}`"
+
+
 def _freed(plan: "DeletePlan") -> str:
-    least, most = size(plan.freed_bytes), size(plan.freed_limit_bytes)
-    return least if least == most else f"{least} to {most}"
+    """What is freed and what is taken, in words; an estimate where the two limits differ."""
+    least, most = plan.freed_bytes, plan.freed_limit_bytes
+    estimated = " (estimated)" * (least != most)
+    if least >= 0:
+        return f"{_range(least, most)}{estimated}"
+    if most > 0:
+        return f"up to {size(most)}, or takes up to {size(-least)} more{estimated}"
+    return f"nothing, but takes {_range(-most, -least)} more{estimated}"
+
+
+def _range(least: int, most: int) -> str:
+    low, high = size(least), size(most)
+    return low if low == high else f"{low} to {high}"
 
 
 def _say_deleted(settings: Settings, name: str, plan: "DeletePlan", quiet: bool) -> None:
@@ -141,9 +166,11 @@ def _say_deleted(settings: Settings, name: str, plan: "DeletePlan", quiet: bool)
         "reparented": plan.reparented,
         "freed_bytes": plan.freed_bytes,
         "freed_limit_bytes": plan.freed_limit_bytes,
+        "is_more_when_off": plan.is_more_when_off,
         "left": [{"path": stay.path, "reason": stay.reason} for stay in left],
     }
     count = len(plan.snapshots)
     lines = [f"deleted {count} snapshot{'s' * (count != 1)}, freed {_freed(plan)}"]
     lines += [f"cannot yet remove {stay.path}: {stay.reason}" for stay in left]
+    lines += _later(settings, name, plan)
     say(settings, told, list(plan.snapshots) if quiet else lines)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say, size
+from calotype.cli.output import Settings, common, run_async, say_with_damage, size
 
 if TYPE_CHECKING:
     from calotype.engine.usage import Usage
@@ -20,7 +20,7 @@ def command(settings: Settings, name: str | None) -> None:
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path)
-    records = [store.find(name)] if name is not None else store.records()
+    records, damage = ([store.find(name)], []) if name is not None else store.sound_records()
     found = [run_async(usage(store, record)) for record in records]
     told = {
         "vms": [
@@ -32,7 +32,8 @@ def command(settings: Settings, name: str | None) -> None:
             for each in found
         ]
     }
-    say(settings, told, [line for each in found for line in _lines(each)])
+    damage += [error for each in found for error in each.damage]
+    say_with_damage(settings, told, [line for each in found for line in _lines(each)], damage)
 
 
 def _lines(usage: "Usage") -> Iterator[str]:

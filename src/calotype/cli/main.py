@@ -81,7 +81,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _prepare() -> None:
-    """Let signals through, SIGTERM like Ctrl-C; no letter is one that a stream cannot say."""
+    """Let signals through, SIGTERM like Ctrl-C; no letter is one that a stream cannot say.
+
+    Where a standard stream is closed no file of ours gets its number: a child would lose it.
+    """
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - standard error
+        pass
+    os.close(nowhere)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     for stream in (sys.stdout, sys.stderr):

@@ -111,7 +111,8 @@ def say(settings: Settings, value: Mapping[str, Any], lines: Sequence[str]) -> N
         _say_json(value)
         return
     for line in lines:
-        _print(line)
+        indent = line[: len(line) - len(line.lstrip(" "))]
+        _print(indent + one_line(line))
 
 
 def say_with_damage(
@@ -300,4 +301,5 @@ def size(count: int) -> str:
 
 def is_terminal() -> bool:
     """Whether somebody watches standard error."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    is_open = sys.stderr is not None  # Python has none where the descriptor is closed
+    return is_open and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

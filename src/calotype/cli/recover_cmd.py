@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from calotype.cli.output import Settings, common, run_async, say_with_damage
+from calotype.errors import CalotypeError
 
 
 @click.command("recover")
@@ -21,10 +22,22 @@ def command(settings: Settings, name: str | None) -> None:
     store = Store(settings.store_path)
     vms, damage = ([store.find(name)], []) if name is not None else store.sound_records()
 
+    failures: list[CalotypeError] = []
+
     async def work() -> list[tuple[str, Any]]:
-        return [(vm.name, each) for vm in vms for each in await operations.recover(store, vm.name)]
+        done: list[tuple[str, Any]] = []
+        for vm in vms:
+            try:
+                done += [(vm.name, each) for each in await operations.recover(store, vm.name)]
+            except CalotypeError as error:  # the next VM is not affected
+                failures.append(error)
+        return done
 
     recovered = run_async(work())
+    if failures:
+        for other in failures[1:]:
+            failures[0].add_note(str(other))
+        raise failures[0]
     told = [
         {
             "vm": vm,

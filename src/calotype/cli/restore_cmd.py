@@ -1,11 +1,15 @@
 """`calotype restore`: put a VM back to a snapshot."""
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from calotype.cli.output import UNDONE, Settings, common, run_async, say, snapshot_choice
+
+if TYPE_CHECKING:
+    from calotype.engine.operations import Restored
+    from calotype.plan.restore import RestorePlan
 
 
 @click.command("restore")
@@ -28,6 +32,17 @@ from calotype.cli.output import UNDONE, Settings, common, run_async, say, snapsh
     is_flag=True,
     help="Go on although a file's mode, owner or name was changed, if nothing else of it was.",
 )
+@click.option(
+    "--keep-current",
+    is_flag=True,
+    help="Keep the RAM and devices that are left behind too, of a VM that runs.",
+)
+@click.option(
+    "--stop-first",
+    is_flag=True,
+    help="Save and end a VM that runs before anything else; a failure brings it back.",
+)
+@click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the restored id alone.")
 @common
 def command(
@@ -39,12 +54,18 @@ def command(
     run_state: Any,
     discard_current: bool,
     accept_touched: bool,
+    keep_current: bool,
+    stop_first: bool,
+    plan_only: bool,
     quiet: bool,
 ) -> None:
-    """Put the VM NAME, which must not run, back to a snapshot.
+    """Put the VM NAME back to a snapshot.
 
     Everything is compared with what the snapshot was taken of before anything is touched. The disks
     left behind are kept as a snapshot without a machine state.
+
+    A VM that runs is not stopped: a second QEMU is prepared beside it and takes its place in one
+    pause, with its ports and sockets. What keeps it from that is told; --stop-first does without.
     """
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.engine.select import select  # noqa: PLC0415
@@ -53,24 +74,75 @@ def command(
 
     store = Store(settings.store_path)
     entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
-    request = RestoreRequest(run_state, discard_current, accept_touched)
-    restored = run_async(operations.restore(store, name, entry.id, request), UNDONE)
+    request = RestoreRequest(run_state, discard_current, accept_touched, keep_current)
+    if plan_only:
+        _say_plan(
+            settings, name, run_async(operations.restore_plan_only(store, name, entry.id, request))
+        )
+        return
+    way_back = None
+    if stop_first:
+        work = operations.restore_stopping_first(store, name, entry.id, request)
+        restored, way_back = run_async(work, UNDONE)
+    else:
+        restored = run_async(operations.restore(store, name, entry.id, request), UNDONE)
+    _say_restored(settings, name, restored, way_back, quiet=quiet, keeps_state=keep_current)
+
+
+def _say_restored(
+    settings: Settings,
+    name: str,
+    restored: "Restored",
+    way_back: str | None,
+    *,
+    quiet: bool,
+    keeps_state: bool,
+) -> None:
     plan = restored.plan
-    undo = [settings.suggested("restore", name, "--id", plan.left_behind)]
-    if plan.run_state != "off":
+    left = way_back or (plan.left_behind if plan.keeps_left_behind else None)
+    undo = [settings.suggested("restore", name, "--id", left)] if left else []
+    has_state = way_back is not None or keeps_state
+    if undo and plan.run_state != "off" and not has_state:
         undo.insert(0, settings.suggested("stop", name, "--now"))
     told = {
         "id": plan.snapshot,
         "vm": name,
         "run_state": plan.run_state,
         "restore_ms": round(restored.restore_ms, 1),
-        "left_behind": plan.left_behind if plan.keeps_left_behind else None,
-        "undo": undo if plan.keeps_left_behind else None,
+        "pause_ms": None if restored.pause_ms is None else round(restored.pause_ms, 1),
+        "left_behind": left,
+        "undo": undo or None,
     }
     if quiet:
         lines = [plan.snapshot]
     else:
         lines = [f"{name} is {plan.run_state}, restored in {restored.restore_ms:.0f} ms"]
-        lines += ["to go back to the disks left behind:"] * plan.keeps_left_behind
-        lines += [" && ".join(map(shlex.join, undo))] * plan.keeps_left_behind
+        if restored.pause_ms is not None:
+            lines[0] += f"; nobody ran for {restored.pause_ms:.0f} ms"
+        what = "what was" if has_state else "the disks"
+        lines += [f"to go back to {what} left behind:", " && ".join(map(shlex.join, undo))] * bool(
+            undo
+        )
+    say(settings, told, lines)
+
+
+def _say_plan(settings: Settings, name: str, plan: "RestorePlan") -> None:
+    in_the_way = [mismatch.text for mismatch in plan.mismatches]
+    blockers = [f"{blocker.problem}: {blocker.remedy}" for blocker in plan.blockers]
+    lines = [f"{name} would be {plan.run_state} afterwards"]
+    lines += [f"handed over: {what}: {how}" for what, how in plan.endpoints]
+    lines += [f"note: {note}" for note in plan.notes]
+    lines += [f"differs: {text}" for text in in_the_way]
+    lines += [f"in the way: {text}" for text in blockers]
+    lines += [f"step: {type(step).__name__}" for step in plan.steps]
+    told = {
+        "id": plan.snapshot,
+        "vm": name,
+        "run_state": plan.run_state,
+        "endpoints": [{"what": what, "how": how} for what, how in plan.endpoints],
+        "notes": list(plan.notes),
+        "mismatches": in_the_way,
+        "blockers": [[blocker.problem, blocker.remedy] for blocker in plan.blockers],
+        "steps": [type(step).__name__ for step in plan.steps],
+    }
     say(settings, told, lines)

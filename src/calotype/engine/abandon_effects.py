@@ -111,6 +111,8 @@ async def _merge_back_offline(_: World, step: MergeBackOffline) -> None:
 
 
 async def _delete_made(world: World, step: DeleteMade) -> None:
+    if world.qemu is None and Path(step.image.path).exists():
+        await image_tool.mend(step.image)  # QEMU may have died in the midst of making it
     await delete_inside(world, step.image, step.name)
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import cast
 
 from calotype.engine.effects import EFFECTS
-from calotype.engine.execute import execute, shielded
+from calotype.engine.execute import execute, seen_through
 from calotype.engine.progress import Progress, silent
 from calotype.engine.recover import recover
 from calotype.engine.world import World
@@ -21,6 +21,7 @@ from calotype.model.vm import VmRecord
 from calotype.plan.recovery import OperationKind, point_of_no_return
 from calotype.plan.steps import AnyStep, CreateOverlay, ExtractInside, Step
 from calotype.qemu import process
+from calotype.store import journal as journals
 from calotype.store.journal import Began, Journal
 from calotype.store.store import Store
 
@@ -36,7 +37,8 @@ async def changing(
         name: The VM.
         word: What is about to be done to it, for whoever is refused meanwhile.
         whole: Refuse if something cannot be brought to an end now; starting and stopping can be
-            done nevertheless.
+            done nevertheless, but for starting in the midst of a restore: what is undone of that
+            later would end the QEMU, and take away what its guest has written.
         progress: Told how far it is.
 
     Yields:
@@ -50,14 +52,20 @@ async def changing(
     record = store.find(name)
     with store.locked(record, word):
         try:
-            await shielded(recover(store, record, progress))
+            await seen_through(recover(store, record, progress))
         except StoreError:
             if whole:
                 raise
         except CalotypeError as error:
-            if whole:
+            if whole or (word != "stop" and _is_restoring(store, record)):
                 raise _unfinished(record, error) from error
         yield store.record(record.id)
+
+
+def _is_restoring(store: Store, record: VmRecord) -> bool:
+    """Whether a restore was cut off and is not over."""
+    began = (journals.read(path)[0] for path in store.unfinished(record.id))
+    return any(isinstance(each, Began) and each.operation == "restore" for each in began)
 
 
 def _unfinished(record: VmRecord, error: CalotypeError) -> ConflictError:

@@ -10,11 +10,11 @@ import secrets
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from msgspec.structs import replace
 
-from calotype.errors import ConflictError, RequestError
+from calotype.errors import ConflictError, RequestError, StoreError
 from calotype.formats import argv as command_line
 from calotype.formats.argv import CommandLine, DiskArgument
 from calotype.model import names
@@ -22,6 +22,15 @@ from calotype.model.identity import Format
 from calotype.model.vm import DiskRecord, Image, VmRecord
 from calotype.store import images
 from calotype.store.store import Store
+
+_GIVE_EACH_ITS_OWN = "give each VM images of its own, or an overlay over that one"
+
+
+class Claim(NamedTuple):
+    """What stands on an image, and what to do instead of writing to it."""
+
+    words: str
+    remedy: str = _GIVE_EACH_ITS_OWN
 
 
 def define_new(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> bool:
@@ -70,7 +79,7 @@ def define_again(store: Store, record: VmRecord, argv: tuple[str, ...], cwd: str
 
 
 def _disks(
-    in_use: dict[str, str], known: dict[str, DiskRecord], command: CommandLine, cwd: str
+    in_use: dict[str, Claim], known: dict[str, DiskRecord], command: CommandLine, cwd: str
 ) -> Iterator[DiskRecord]:
     """The writable disks of a command line, on the images with their newest content."""
     for disk in command_line.disks(command, cwd):
@@ -80,8 +89,8 @@ def _disks(
         images.require_disk(Path(path))
         if path in in_use and path not in known:
             raise ConflictError(
-                f"{path} cannot be written to: {in_use[path]}",
-                "give each VM images of its own, or an overlay over that one",
+                f"{path} cannot be written to: {in_use[path].words}",
+                in_use[path].remedy,
                 path=path,
             )
         origin = Image(path, _format(disk, path, known))
@@ -96,26 +105,60 @@ def _format(disk: DiskArgument, path: str, known: dict[str, DiskRecord]) -> Form
     return known[path].origin.format if path in known else images.probe_format(Path(path))
 
 
-def _in_use(store: Store, own_id: str) -> dict[str, str]:
-    """Each image that a VM would damage by writing to it, with words that say what stands on it.
+def _in_use(store: Store, own_id: str) -> dict[str, Claim]:
+    """Each image that a VM would damage by writing to it, and what stands on it.
 
     The newest image of a forgotten VM is free to take: nothing stands on it any more.
     """
-    taken: dict[str, str] = {}
-    for record in store.forgotten():
-        for disk in record.disks + record.set_aside:
-            if disk.active != disk.origin:
-                newest = f"its newest content is in {disk.active.path}"
-                taken[disk.origin.path] = f"it was of the forgotten VM {record.name!r}; {newest}"
+    taken = dict(_of_forgotten(store))
     for record in store.records():
         for manifest in store.sound_manifests(record.id)[0]:
             for part in manifest.storage:
                 for layer in part.layers:
                     words = f"the snapshot {manifest.id} of {record.name!r} stands on it"
-                    taken[layer.path] = words
+                    taken[layer.path] = Claim(words)
         if record.id != own_id:
             for disk in record.disks + record.set_aside:
+                owner = f"it belongs to the VM {record.name!r}"
                 newest = f"its newest content is in {disk.active.path}"
-                taken[disk.origin.path] = f"it belongs to the VM {record.name!r}; {newest}"
-                taken[disk.active.path] = f"it belongs to the VM {record.name!r}"
+                taken[disk.origin.path] = Claim(f"{owner}; {newest}")
+                taken[disk.active.path] = Claim(owner)
     return taken
+
+
+def _of_forgotten(store: Store) -> Iterator[tuple[str, Claim]]:
+    """The first images of forgotten VMs that newer ones stand on still."""
+    for record in store.forgotten():
+        for disk in record.disks + record.set_aside:
+            newest = disk.active.path
+            if disk.active != disk.origin and _may_be_there(Path(newest)):
+                words = f"it was of the forgotten VM {record.name!r}; its newest content is in"
+                claim = Claim(f"{words} {newest}", f"put {newest} on the command line in its place")
+                if _may_be_the_one(store, record, disk.origin.path):
+                    yield disk.origin.path, claim
+
+
+def _may_be_there(path: Path) -> bool:
+    """Whether a file is there; one that may not be looked at may be."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _may_be_the_one(store: Store, record: VmRecord, path: str) -> bool:
+    """Whether the file at *path* may be the one that a forgotten VM had there.
+
+    By its inode alone: a file system may get another device number at each start of the host.
+    """
+    try:
+        manifests = store.forgotten_manifests(record.id)
+        found = Path(path).stat().st_ino
+    except (StoreError, OSError):
+        return True
+    layers = [layer for manifest in manifests for part in manifest.storage for layer in part.layers]
+    inodes = {layer.identity.inode for layer in layers if layer.path == path}
+    return not inodes or bool(inodes & {found, 0})  # 0: of a device, which has none

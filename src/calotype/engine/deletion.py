@@ -9,7 +9,7 @@ import os
 import secrets
 import shlex
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -81,15 +81,22 @@ async def delete(
 # --- looking around ------------------------------------------------------------------------------
 
 
-async def look_around(store: Store, record: VmRecord, *, is_holder: bool = False) -> Catalogue:
+async def look_around(
+    store: Store,
+    record: VmRecord,
+    manifests: Sequence[Manifest] | None = None,
+    *,
+    is_holder: bool = False,
+) -> Catalogue:
     """Read all that a delete must know of a VM; contents are not read.
 
     Args:
         store: Where it is kept.
         record: The VM.
+        manifests: Its snapshots, oldest first, where not all can be read; else all are read here.
         is_holder: Whether the caller holds the VM's lock, and so may use its monitor.
     """
-    manifests = tuple(store.manifests(record.id))
+    manifests = tuple(store.manifests(record.id) if manifests is None else manifests)
     qemu = launch.is_running(store, record)
     opened, is_running = await _ask(store, record, qemu, is_holder=is_holder)
     claims = _claims(store, record)
@@ -139,7 +146,10 @@ def _identities(disks: Sequence[DiskLayers]) -> dict[str, Identity]:
 
 
 def _claims(store: Store, record: VmRecord) -> dict[str, str]:
-    """Each image that another VM names, with words that say which."""
+    """Each image that another VM stands on, or a disk that was set aside, with words for it.
+
+    What an image stands on is read from the image: a VM may stand on one that it does not name.
+    """
     claims: dict[str, str] = {}
     records, _ = store.sound_records()  # one that cannot be read is in the way of its own VM alone
     others = [
@@ -147,10 +157,19 @@ def _claims(store: Store, record: VmRecord) -> dict[str, str]:
     ]
     others += [(other, store.forgotten_manifests(other.id)) for other in store.forgotten()]
     for other, manifests in others:
-        paths = {path for disk in other.disks for path in (disk.origin.path, disk.active.path)}
-        paths |= {path for manifest in manifests for path in _named(manifest)}
+        paths = {path for manifest in manifests for path in _named(manifest)}
+        paths |= set(_stood_on(other.disks + other.set_aside))
         claims |= dict.fromkeys(paths, f"the VM {other.name!r} has it")
-    return claims
+    aside = dict.fromkeys(_stood_on(record.set_aside), "a disk that was set aside has it")
+    return claims | aside
+
+
+def _stood_on(disks: Iterable[DiskRecord]) -> Iterator[str]:
+    """Each image that a disk names or stands on."""
+    for disk in disks:
+        yield disk.origin.path
+        yield disk.active.path
+        yield from _chain(disk.active)
 
 
 def _named(manifest: Manifest) -> Iterator[str]:
@@ -168,7 +187,7 @@ def _disks(
     record: VmRecord, manifests: Sequence[Manifest], opened: Open, claims: Mapping[str, str]
 ) -> Iterator[DiskLayers]:
     """The disks of the VM, and those that only snapshots have any more."""
-    present = {disk.origin.path: disk for disk in record.disks}
+    present = {disk.origin.path: disk for disk in record.set_aside + record.disks}
     parts = [part for manifest in manifests for part in manifest.storage]
     names_of = {part.origin.path: (part.origin, part.disk) for part in parts}
     names_of |= {path: (disk.origin, disk.name) for path, disk in present.items()}

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from calotype.engine.world import Effects
 from calotype.errors import HostError
+from calotype.plan.recovery import unfinished_words
 from calotype.plan.steps import Step
 
 Result = TypeVar("Result")
@@ -68,7 +69,7 @@ async def execute(
             notes.note_done(place, await _timed(step, effects, world))
     except BaseException as error:
         if no_return is not None and len(begun) > no_return:
-            _leave_unfinished(notes, error)
+            _leave_unfinished(begun, notes, error)
         else:
             why = str(error) or type(error).__name__
             for reason in await shielded(undo(begun, effects, world, notes, why)):
@@ -77,8 +78,8 @@ async def execute(
     notes.end("done")
 
 
-def _leave_unfinished(notes: Notes, error: BaseException) -> None:
-    error.add_note("it is past the point of no return: `calotype recover` finishes it")
+def _leave_unfinished(begun: Sequence[Step], notes: Notes, error: BaseException) -> None:
+    error.add_note(unfinished_words(begun))
     with contextlib.suppress(HostError):  # a journal without an end says the same
         notes.note_unfinished((str(error),))
 
@@ -95,6 +96,9 @@ async def finish(steps: Sequence[Step], effects: Effects, world: HasPhases, note
     except Exception as error:
         with contextlib.suppress(HostError):  # a journal without an end says the same
             notes.note_unfinished((str(error),))
+        if isinstance(error, OSError):
+            problem = f"{error.filename or 'a file'}: {error.strerror}"
+            raise HostError(problem, "mend that; `calotype recover` tries again") from error
         raise
     notes.end("done")
 
@@ -139,8 +143,23 @@ async def _timed(step: Step, effects: Effects, world: HasPhases) -> float:
     return round(spent_ms, 3)
 
 
+async def seen_through(work: Awaitable[Result]) -> Result:
+    """Do *work* to its end, however often we are cancelled meanwhile, and be cancelled then."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
+
+
 async def shielded(work: Awaitable[Result]) -> Result:
-    """Wait for *work* to its end, however often we are cancelled meanwhile."""
+    """Undo to the end, however often we are cancelled meanwhile; what it was for is raised then."""
     task = asyncio.ensure_future(work)
     while not task.done():
         try:

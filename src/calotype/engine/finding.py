@@ -6,11 +6,17 @@ found all the same: that it is another thing now is for the preflight to say.
 
 from pathlib import Path
 
+from calotype.engine import launch
 from calotype.errors import CalotypeError
+from calotype.formats import argv as command_line
+from calotype.formats.argv import CommandLine, Endpoint
+from calotype.model.acts import exchange
 from calotype.model.identity import Format, Identity
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import VmRecord
-from calotype.plan.restore import Definition, Found
+from calotype.plan.restore import Definition, Found, Running
+from calotype.qemu import observe
+from calotype.qemu.monitor import Monitor
 from calotype.store import images
 from calotype.store.store import Store
 
@@ -30,6 +36,33 @@ def find(store: Store, record: VmRecord, manifest: Manifest, definition: Definit
         state=identify(state_path, "raw") if state else None,
         modes={path: images.mode(Path(path)) for path in active if Path(path).exists()},
         kept_paths=frozenset(_kept_paths(store, record)),
+    )
+
+
+async def find_running(store: Store, record: VmRecord, monitor: Monitor) -> Running:
+    """Look at the QEMU that runs a VM, and at what it has of the host.
+
+    Raises:
+        QemuError: It does not answer.
+    """
+    folder = str(store.folder(record.id))
+    shared = command_line.sharing(CommandLine.parse(record.argv), record.cwd, folder)
+    ours = [
+        Endpoint("Calotype's own socket", "renamed", *exchange(f"{folder}/{name}"))
+        for name in launch.SOCKETS
+    ]
+    forth, back = command_line.acts((*ours, *shared.endpoints))
+    commands = {each["name"] for each in await monitor.execute("query-commands")}
+    jobs = await monitor.execute("query-block-jobs")
+    return Running(
+        was_running=(await monitor.execute("query-status"))["running"],
+        endpoints=tuple((each.what, each.how) for each in shared.endpoints),
+        forth=forth,
+        back=back,
+        unshared=tuple((each.argument, each.reason) for each in shared.unshared),
+        jobs=tuple(job["device"] for job in jobs),
+        can_let_go="blockdev-set-active" in commands,
+        migration=await observe.observe_migration(monitor),
     )
 
 

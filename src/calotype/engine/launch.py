@@ -13,6 +13,7 @@ from pathlib import Path
 from calotype.errors import QemuError
 from calotype.formats import argv as command_line
 from calotype.formats.argv import Argument, CommandLine, Endpoints
+from calotype.model.acts import NEXT
 from calotype.model.vm import Image, Process, VmRecord
 from calotype.qemu import monitor as qmp
 from calotype.qemu import process
@@ -21,6 +22,7 @@ from calotype.store.store import Store
 
 CONTROL, QUERY, GUARD = "control.sock", "query.sock", "guard.sock"
 CONSOLE = "console.sock"
+SOCKETS = (CONTROL, QUERY, GUARD, CONSOLE)
 QEMU_LOG, CONSOLE_LOG = "qemu.log", "console.log"
 
 MARK = "CALOTYPE_VM"
@@ -37,6 +39,7 @@ def compose_argv(
     *,
     machine: str = "",
     incoming: bool = False,
+    aside: str | None = None,
 ) -> list[str]:
     """The command line to start a VM with: the user's, on its active images, under supervision.
 
@@ -48,8 +51,11 @@ def compose_argv(
         endpoints: The sockets and the log that it is supervised through.
         machine: The versioned machine type to insist on; "" keeps the user's.
         incoming: Wait for a machine state.
+        aside: It is started beside another that runs the VM; a folder for its sockets.
     """
     command = CommandLine.parse(record.argv)
+    if aside is not None:
+        command = command_line.sharing(command, record.cwd, aside).command
     command = command_line.with_images(command, active)
     if machine:
         command = command_line.with_machine(command, machine)
@@ -66,30 +72,42 @@ async def start(
     *,
     machine: str = "",
     incoming: bool = False,
+    beside: bool = False,
 ) -> Process:
     """Start QEMU, its guest not yet running, and wait until its monitor answers.
+
+    One that is started beside another listens beside its sockets, and is not written down: it is
+    found by its mark.
 
     Raises:
         HostError: The program cannot be started.
         QemuError: QEMU ended before it answered; its last words are in the error.
     """
     folder = store.folder(record.id)
+    suffix = NEXT if beside else ""
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_log(folder / QEMU_LOG))
         stack.enter_context(_log(folder / CONSOLE_LOG))
         sockets = [
-            stack.enter_context(qmp.listen_socket(folder / name))
-            for name in (CONTROL, QUERY, GUARD, CONSOLE)
+            stack.enter_context(qmp.listen_socket(folder / f"{name}{suffix}")) for name in SOCKETS
         ]
         descriptors = [each.fileno() for each in sockets]
         control, query, guard, console = descriptors
         endpoints = Endpoints(control, query, guard, console, str(folder / CONSOLE_LOG))
-        argv = compose_argv(record, active, endpoints, machine=machine, incoming=incoming)
+        argv = compose_argv(
+            record,
+            active,
+            endpoints,
+            machine=machine,
+            incoming=incoming,
+            aside=str(folder) if beside else None,
+        )
         mark = os.fstat(log).st_size
         qemu = process.spawn(argv, record.cwd, descriptors, log, (MARK, record.id))
     try:
-        store.save_process(record.id, qemu)
-        await _greeted(folder, qemu, mark)
+        if not beside:
+            store.save_process(record.id, qemu)
+        await _greeted(folder / f"{CONTROL}{suffix}", qemu, mark)
     except BaseException:
         process.kill(qemu)
         raise
@@ -106,9 +124,9 @@ def _log(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-async def _greeted(folder: Path, qemu: Process, mark: int) -> None:
+async def _greeted(control: Path, qemu: Process, mark: int) -> None:
     """Wait for the greeting; a QEMU that ends first says why."""
-    greeting = asyncio.ensure_future(_greeting(folder))
+    greeting = asyncio.ensure_future(_greeting(control))
     ending = asyncio.ensure_future(process.ended(qemu, START_TIMEOUT_S))
     await asyncio.wait({greeting, ending}, return_when=asyncio.FIRST_COMPLETED)
     if greeting.done() and greeting.exception() is None:
@@ -118,7 +136,7 @@ async def _greeted(folder: Path, qemu: Process, mark: int) -> None:
     greeting.cancel()
     with contextlib.suppress(asyncio.CancelledError, QemuError):
         await greeting
-    said = last_words(folder, mark)
+    said = last_words(control.parent, mark)
     raise QemuError(
         f"QEMU did not start: {said or 'it said nothing'}",
         "mend what it names, on its command line or on the host",
@@ -126,8 +144,8 @@ async def _greeted(folder: Path, qemu: Process, mark: int) -> None:
     )
 
 
-async def _greeting(folder: Path) -> None:
-    async with qmp.connect(folder / CONTROL, timeout_s=START_TIMEOUT_S):
+async def _greeting(control: Path) -> None:
+    async with qmp.connect(control, timeout_s=START_TIMEOUT_S):
         pass
 
 
@@ -150,10 +168,19 @@ def is_running(store: Store, record: VmRecord) -> Process | None:
     return qemu if qemu is not None and process.is_alive(qemu) else None
 
 
+def successor(record: VmRecord, old: Process | None) -> Process | None:
+    """The QEMU that was started beside *old*, which runs the VM or ran it."""
+    found = [each for each in process.find(MARK, record.id) if each != old]
+    return found[0] if found else None
+
+
 @contextlib.asynccontextmanager
-async def controlling(store: Store, record: VmRecord) -> AsyncIterator[Monitor]:
-    """The monitor for the one who holds the VM's lock."""
-    async with qmp.connect(store.folder(record.id) / CONTROL) as monitor:
+async def controlling(
+    store: Store, record: VmRecord, *, beside: bool = False
+) -> AsyncIterator[Monitor]:
+    """The monitor for the one who holds the VM's lock; *beside*: of the QEMU beside."""
+    name = f"{CONTROL}{NEXT}" if beside else CONTROL
+    async with qmp.connect(store.folder(record.id) / name) as monitor:
         yield monitor
 
 

@@ -10,14 +10,17 @@ half done; `carry_out` journals the steps. What a step does stands in the tables
 joins; what the steps are and in which order, in `calotype.plan`.
 """
 
+import contextlib
 import secrets
 import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from calotype.engine import defining, finding, launch
 from calotype.engine.changing import carry_out, changing
-from calotype.engine.execute import shielded
+from calotype.engine.execute import seen_through, shielded
 from calotype.engine.progress import Progress, silent
 from calotype.engine.recover import Recovered
 from calotype.engine.recover import recover as recover_vm
@@ -25,6 +28,8 @@ from calotype.engine.restore_effects import Restoring
 from calotype.engine.take_effects import Taking
 from calotype.engine.world import World
 from calotype.errors import (
+    BlockedError,
+    CalotypeError,
     ConflictError,
     HostError,
     MismatchError,
@@ -125,6 +130,20 @@ class Restored(NamedTuple):
     manifest: Manifest
     plan: RestorePlan
     restore_ms: float
+    pause_ms: float | None
+    """How long the going over took, of a VM that ran; None where it did not run."""
+
+
+async def restore_plan_only(
+    store: Store, name: str, snapshot: str, request: RestoreRequest
+) -> RestorePlan:
+    """Say what `restore` would do; nothing is changed."""
+    record = store.find(name)
+    async with contextlib.AsyncExitStack() as stack:
+        monitor = None
+        if launch.is_running(store, record):
+            monitor = await stack.enter_async_context(launch.looking(store, record))
+        return await _plan_restore(store, record, monitor, snapshot, request)
 
 
 async def restore(
@@ -135,33 +154,155 @@ async def restore(
     *,
     progress: Progress = silent,
 ) -> Restored:
-    """Put a VM that does not run back to a snapshot, and let it run if it did then.
+    """Put a VM back to a snapshot, and let it run if it did then.
+
+    A VM that runs goes over from its QEMU to a new one that was prepared beside it.
 
     Args:
         store: Where it is kept.
         name: The VM.
         snapshot: The snapshot's whole id.
-        request: The run state wanted, and whether the present disks are kept.
+        request: The run state wanted, and what is kept of the present state.
         progress: Told how far it is.
 
     Raises:
         NotFoundError: There is no such VM.
-        ConflictError: The VM runs, or somebody else is changing it.
+        ConflictError: Somebody else is changing it.
         MismatchError: What is there is not what was recorded; nothing was changed.
+        BlockedError: The VM runs, and a second QEMU cannot take its place; nothing was changed.
         QemuError: QEMU did not start or could not load the state; all was undone.
     """
     async with changing(store, name, "restore", progress=progress) as record:
-        _must_not_run(store, record)
-        manifest = store.manifest(record.id, snapshot)
-        definition = _definition(record)
-        found = finding.find(store, record, manifest, definition)
-        left_behind = secrets.token_hex(names.ID_LENGTH // 2)
-        plan = plan_restore(manifest, record, found, request, left_behind)
+        return await _restore(store, record, snapshot, request, progress)
+
+
+async def _restore(
+    store: Store, record: VmRecord, snapshot: str, request: RestoreRequest, progress: Progress
+) -> Restored:
+    old = launch.is_running(store, record)
+    async with contextlib.AsyncExitStack() as stack:
+        monitor = None
+        if old is not None:
+            monitor = await stack.enter_async_context(launch.controlling(store, record))
+        plan = await _plan_restore(store, record, monitor, snapshot, request)
+    manifest = store.manifest(record.id, snapshot)
+    if plan.mismatches:
+        raise _mismatched(manifest, plan)
+    if plan.blockers:
+        raise _blocked(record, plan)
+    restoring = Restoring(store, record, manifest, plan, progress, old)
+    await carry_out(restoring, "restore", plan.left_behind, manifest.id, plan.steps)
+    phases = restoring.phases_ms
+    prepared = [spent for name, spent in phases.items() if name not in _AFTERWARDS]
+    return Restored(manifest, plan, sum(prepared), phases.get("HandOver"))
+
+
+_AFTERWARDS = frozenset({"SaveLeftBehind", "EndOld"})
+"""What happens when the restored guest runs already."""
+
+
+async def _plan_restore(
+    store: Store,
+    record: VmRecord,
+    monitor: Monitor | None,
+    snapshot: str,
+    request: RestoreRequest,
+) -> RestorePlan:
+    manifest = store.manifest(record.id, snapshot)
+    found = finding.find(store, record, manifest, _definition(record))
+    running = None if monitor is None else await finding.find_running(store, record, monitor)
+    left_behind = secrets.token_hex(names.ID_LENGTH // 2)
+    return plan_restore(manifest, record, found, request, left_behind, running)
+
+
+def _blocked(record: VmRecord, plan: RestorePlan) -> BlockedError:
+    first, more = plan.blockers[0], len(plan.blockers) - 1
+    also = f" (and {more} more: see --plan)" if more else ""
+    return BlockedError(
+        f"{record.name!r} runs, and cannot go over to {plan.snapshot}: {first.problem}{also}",
+        first.remedy,
+        blockers=[[blocker.problem, blocker.remedy] for blocker in plan.blockers],
+    )
+
+
+async def restore_stopping_first(
+    store: Store,
+    name: str,
+    snapshot: str,
+    request: RestoreRequest,
+    *,
+    progress: Progress = silent,
+) -> tuple[Restored, str]:
+    """Save a VM that runs, end it, and put it back to a snapshot; what fails brings it back.
+
+    For a VM that cannot go over while it runs. The guest stands still from the save on.
+
+    Returns:
+        What was done, and the snapshot that is the way back.
+
+    Raises:
+        CalotypeError: As `take` and `restore`; the VM is what it was, or its way back is named.
+    """
+    async with changing(store, name, "restore", progress=progress) as record:
+        qemu = _must_run(store, record)
+        plan = await _plan_restore(store, record, None, snapshot, request)
         if plan.mismatches:
-            raise _mismatched(manifest, plan)
-        restoring = Restoring(store, record, manifest, plan, definition, progress)
-        await carry_out(restoring, "restore", left_behind, manifest.id, plan.steps)
-    return Restored(manifest, plan, sum(restoring.phases_ms.values()))
+            raise _mismatched(store.manifest(record.id, snapshot), plan)
+        async with launch.controlling(store, record) as monitor:
+            was_running = (await monitor.execute("query-status"))["running"]
+            await monitor.execute("stop")
+            try:
+                way_back = await _take_way_back(
+                    store, record, qemu, monitor, was_running, snapshot, progress
+                )
+            except BaseException:
+                if was_running:
+                    await shielded(monitor.execute("cont"))
+                raise
+        await _end(store, record, qemu)
+        ended = store.record(record.id)
+        discarding = replace(request, discard_current=True)  # nothing was written since
+        try:
+            done = await _restore(store, ended, snapshot, discarding, progress)
+        except BaseException as error:
+            asked = RestoreRequest("running" if was_running else "paused", discard_current=True)
+            back = _restore(store, store.record(record.id), way_back.id, asked, progress)
+            try:
+                await shielded(back)
+            except CalotypeError as failure:
+                error.add_note(f"the way back failed too: {failure}")
+                again = f"calotype restore {shlex.quote(name)} --id {way_back.id}"
+                error.add_note(f"`{again}` tries it again")
+            raise
+    return done, way_back.id
+
+
+_NO_LIMIT_MS = 1e9
+"""The guest stands still already, and does until it is ended."""
+
+
+async def _take_way_back(
+    store: Store,
+    record: VmRecord,
+    qemu: Process,
+    monitor: Monitor,
+    was_running: bool,
+    snapshot: str,
+    progress: Progress,
+) -> Manifest:
+    request = TakeRequest(method="paused", pause_limit_ms=_NO_LIMIT_MS)
+    facts, plan = await _observe_and_plan(store, record, qemu, monitor, request)
+    if plan.blockers:
+        raise as_error(record.name, plan)
+    if was_running:  # it was stopped for this, and runs when it is brought back
+        facts = replace(facts, run_state="running")
+    description = f"left behind by the restore of {snapshot}"
+    taking = Taking(
+        store, record, monitor, qemu, facts, plan, _definition(record), "", description, progress
+    )
+    await carry_out(taking, "take", plan.snapshot, plan.snapshot, plan.steps)
+    assert taking.manifest is not None
+    return taking.manifest
 
 
 def _mismatched(manifest: Manifest, plan: RestorePlan) -> MismatchError:
@@ -208,7 +349,7 @@ async def run(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> VmRec
             again = defining.define_again(store, record, argv, cwd)
             await _start(store, again, Define(again, record))
     except BaseException:
-        if is_new:
+        if is_new and launch.is_running(store, store.find(name)) is None:  # or another started it
             store.drop(store.find(name))
         raise
     return store.find(name)
@@ -324,7 +465,7 @@ async def recover(store: Store, name: str, *, progress: Progress = silent) -> li
     """
     record = store.find(name)
     with store.locked(record, "recover"):
-        return await shielded(recover_vm(store, record, progress))
+        return await seen_through(recover_vm(store, record, progress))
 
 
 def _definition(record: VmRecord) -> Definition:

@@ -17,8 +17,8 @@ from calotype.engine.world import World
 from calotype.errors import CalotypeError, ConflictError
 from calotype.model.vm import VmRecord
 from calotype.plan.recovery import Recovery, Sight, plan_recovery
-from calotype.plan.steps import PassInstant, RecordRestored
-from calotype.qemu import observe
+from calotype.plan.steps import HandOver, PassInstant, RecordRestored
+from calotype.qemu import observe, process
 from calotype.store import journal as journals
 from calotype.store.journal import Began, Journal
 from calotype.store.store import Store
@@ -72,12 +72,14 @@ def _look(world: World, journal: Journal) -> Sight:
     """See how far an operation came."""
     began, store = journal.began, world.store
     recorded = {disk.index: disk.active for disk in store.record(world.record.id).disks}
-    wanted = [step.active for step in began.steps if isinstance(step, RecordRestored)]
+    wanted = [step.active for step in began.steps if isinstance(step, RecordRestored | HandOver)]
+    started = launch.successor(world.record, began.qemu)
     return Sight(
         begun=journal.doing + 1,
         is_committed=store.has_manifest(world.record.id, began.snapshot),
         is_recorded=all(recorded.items() >= active.items() for active in wanted),
-        qemu_runs=world.qemu is not None,
+        qemu_runs=world.qemu not in (None, began.qemu) or started is not None,
+        old_runs=began.qemu is not None and process.is_alive(began.qemu),
         is_undoing=journal.is_undoing,
     )
 

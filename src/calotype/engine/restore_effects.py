@@ -1,11 +1,14 @@
 """What the steps of a start and of a restore do, and what undoes them.
 
-The VM does not run when they begin, and until the very last step its guest does not run either: so
-everything up to there is undone by ending the new QEMU and removing what was made.
+Until the very last step the guest of the QEMU that is started does not run: so everything up to
+there is undone by ending it and removing what was made. Where another QEMU runs the VM meanwhile,
+that last step is a handover (`handover_effects.py`).
 """
 
 import asyncio
+import contextlib
 import os
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,14 +16,18 @@ from msgspec.structs import replace
 
 from calotype.engine import launch
 from calotype.engine.disk_effects import chain_of
+from calotype.engine.handover_effects import LEFT_STATE
 from calotype.engine.progress import Progress
 from calotype.engine.world import Effect, Effects, World
 from calotype.errors import MismatchError, QemuError
+from calotype.formats import argv as command_line
+from calotype.formats.argv import CommandLine
 from calotype.model import names
-from calotype.model.snapshot import Manifest
-from calotype.model.vm import VmRecord
+from calotype.model.acts import NEXT
+from calotype.model.snapshot import MachineStatePart, Manifest
+from calotype.model.vm import Process, VmRecord
 from calotype.plan.compose import Outcome, compose_left_behind
-from calotype.plan.restore import Definition, RestorePlan
+from calotype.plan.restore import RestorePlan
 from calotype.plan.steps import (
     ApplyInside,
     CheckTopology,
@@ -33,6 +40,7 @@ from calotype.plan.steps import (
     StartQemu,
 )
 from calotype.qemu import image_tool, migration, observe, process
+from calotype.qemu.monitor import Monitor
 from calotype.store import images
 from calotype.store.store import Store
 
@@ -46,14 +54,20 @@ class Restoring(World):
         record: VmRecord,
         manifest: Manifest,
         plan: RestorePlan,
-        definition: Definition,
         progress: Progress,
+        running: Process | None = None,
     ) -> None:
-        super().__init__(store, record, None, progress)
+        super().__init__(store, record, running, progress)
         self.manifest = manifest
         self.plan = plan
-        self.definition = definition
         self.log_mark = launch.log_size(store.folder(record.id))
+
+    @contextlib.asynccontextmanager
+    async def preparing(self) -> AsyncIterator[Monitor]:
+        """A connection to the QEMU that is prepared: the VM's own, or the one beside it."""
+        is_beside = self.began_with is not None
+        async with launch.controlling(self.store, self.record, beside=is_beside) as monitor:
+            yield monitor
 
 
 # --- disks ---------------------------------------------------------------------------------------
@@ -66,7 +80,7 @@ async def _apply_inside(_: World, step: ApplyInside) -> None:
 
 async def _unapply_inside(_: World, step: ApplyInside) -> None:
     """Go back to the content that was kept; a qemu-img that was killed may have left leaks."""
-    await image_tool.mend_leaks(step.image)
+    await image_tool.mend(step.image)
     metadata = await asyncio.to_thread(images.read_metadata, Path(step.image.path))
     if step.keep_as in {entry.name for entry in metadata.snapshots}:
         await image_tool.apply_inside(step.image, step.keep_as)
@@ -87,16 +101,23 @@ async def _remove_copy(_: World, step: ExtractInside) -> None:
 async def _start_qemu(world: World, step: StartQemu) -> None:
     world.progress("starting", 0, 0)
     await launch.start(
-        world.store, world.record, step.active, machine=step.machine, incoming=step.incoming
+        world.store,
+        world.record,
+        step.active,
+        machine=step.machine,
+        incoming=step.incoming,
+        beside=step.beside,
     )
 
 
-async def _end_qemu(world: World, _: StartQemu) -> None:
+async def _end_qemu(world: World, step: StartQemu) -> None:
     """End the QEMU that was started, also one that nobody had the time to write down."""
-    recorded = [world.qemu] if world.qemu else []
-    for qemu in {*recorded, *process.find(launch.MARK, world.record.id)}:
+    recorded = {world.qemu} if world.qemu and not step.beside else set()
+    for qemu in {*recorded, *process.find(launch.MARK, world.record.id)} - {world.began_with}:
         process.kill(qemu)
         await process.ended(qemu, 10.0)
+    for path in (*map(Path, step.sockets), *world.store.folder(world.record.id).glob(f"*{NEXT}")):
+        path.unlink(missing_ok=True)
 
 
 async def _define(world: World, step: Define) -> None:
@@ -123,7 +144,7 @@ async def _record_before_start(world: World, step: RecordStarted) -> None:
 
 async def _check_topology(restoring: Restoring, step: CheckTopology) -> None:
     """Refuse a machine that is not the one whose state would be loaded into it."""
-    async with restoring.controlling() as monitor:
+    async with restoring.preparing() as monitor:
         found = await observe.observe_topology(monitor)
     for field in found.__struct_fields__:
         then, now = getattr(step.expected, field), getattr(found, field)
@@ -143,7 +164,7 @@ async def _load_state(restoring: Restoring, step: LoadState) -> None:
     descriptor = os.open(folder / step.file, os.O_RDONLY | os.O_CLOEXEC)
     restoring.progress("loading", 0, os.fstat(descriptor).st_size)
     try:
-        async with restoring.controlling() as monitor:
+        async with restoring.preparing() as monitor:
             await migration.load(monitor, descriptor, names.state_descriptor(step.snapshot))
     except QemuError as error:
         said = launch.last_words(restoring.store.folder(restoring.record.id), restoring.log_mark)
@@ -167,37 +188,38 @@ async def _let_run(world: World, _: LetRun) -> None:
 # --- what is left behind -------------------------------------------------------------------------
 
 
-async def _commit_left_behind(restoring: Restoring, step: CommitLeftBehind) -> None:
-    record = restoring.record
+async def _commit_left_behind(world: World, step: CommitLeftBehind) -> None:
     now = asyncio.get_running_loop().time()
     outcome = Outcome(
         instant=datetime.now(UTC).isoformat(),
         stop_us=None,
         resume_us=None,
-        machine_state=None,
-        chains={disk.index: await chain_of(disk.active) for disk in record.disks},
-        internal=await asyncio.to_thread(_find_internal, record, step.snapshot),
-        total_ms=(now - restoring.began) * 1000,
-        phases_ms=restoring.phases_ms,
+        machine_state=await asyncio.to_thread(_left_state, world, step.snapshot),
+        chains={index: await chain_of(image) for index, image in step.active_before.items()},
+        internal=await asyncio.to_thread(_find_internal, step),
+        total_ms=(now - world.began) * 1000,
+        phases_ms=world.phases_ms,
     )
-    left = compose_left_behind(
-        step.snapshot,
-        restoring.manifest,
-        record,
-        restoring.definition,
-        restoring.plan.active,
-        outcome,
-    )
-    restoring.store.commit(left)
+    restored = world.store.manifest(world.record.id, step.restored)
+    definition = command_line.definition(CommandLine.parse(world.record.argv), world.record.cwd)
+    world.store.commit(compose_left_behind(step, restored, world.record, definition, outcome))
 
 
-def _find_internal(record: VmRecord, snapshot: str) -> dict[int, tuple[str, str]]:
+def _left_state(world: World, snapshot: str) -> MachineStatePart | None:
+    """The machine state that was saved of what is left behind, if it was."""
+    path = world.store.snapshot_folder(world.record.id, snapshot) / LEFT_STATE
+    if not path.exists():
+        return None
+    return MachineStatePart(LEFT_STATE, images.identify(path, "raw"), images.digest(path))
+
+
+def _find_internal(step: CommitLeftBehind) -> dict[int, tuple[str, str]]:
     return {
-        disk.index: (entry.id, entry.digest)
-        for disk in record.disks
-        if disk.active.format == "qcow2"
-        for entry in images.read_metadata(Path(disk.active.path)).snapshots
-        if entry.name == names.internal_name(snapshot)
+        index: (entry.id, entry.digest)
+        for index, image in step.active_before.items()
+        if image.format == "qcow2"
+        for entry in images.read_metadata(Path(image.path)).snapshots
+        if entry.name == names.internal_name(step.snapshot)
     }
 
 

@@ -13,14 +13,13 @@ what follows, not the switch.
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
-from typing import Any
 
 from msgspec.structs import replace
 
 from calotype.engine import launch
+from calotype.engine.execute import seen_through
 from calotype.engine.world import World
-from calotype.errors import CalotypeError, QemuError
+from calotype.errors import CalotypeError, HostError, QemuError, StoreError
 from calotype.model.vm import Image
 from calotype.qemu import guarding, live_merge
 from calotype.qemu.guarding import Switch
@@ -48,12 +47,12 @@ async def switch(world: World, monitor: Monitor, job: str, top: Image, base: Ima
 
 async def _switch(world: World, monitor: Monitor, job: str, top: Image, base: Image) -> None:
     if not (await monitor.execute("query-status"))["running"]:
-        await _seen_through(_go_over(world, monitor, job, top, base))
+        await seen_through(_go_over(world, monitor, job, top, base))
         return
     folder = world.store.folder(world.record.id)
     async with guarding.posted(folder / launch.GUARD) as guard:
         await guard.arm(LIMIT_S, Switch(str(folder / "record.json"), base.path, job))
-        await _seen_through(_paused(world, monitor, job, top, base))
+        await seen_through(_paused(world, monitor, job, top, base))
         await guard.stand_down()
 
 
@@ -75,13 +74,14 @@ async def _go_over(world: World, monitor: Monitor, job: str, top: Image, base: I
             f"the last of {top.path} could not be merged in {LIMIT_S:g} s",
             "`calotype recover` tries again",
         ) from error
-    record_newest(world, base, {top, base})
     try:
+        record_newest(world, base, {top, base})
         await monitor.execute("job-complete", id=job)
         await live_merge.reached(monitor, job, "concluded", unheard)
-    except QemuError:
+    except CalotypeError:
         if (await live_merge.look(monitor)).chain(top.path):
-            record_newest(world, top, {top, base})
+            with contextlib.suppress(HostError, StoreError):  # it is written before its picture
+                record_newest(world, top, {top, base})
         raise
 
 
@@ -97,17 +97,3 @@ def record_newest(world: World, newest: Image, of: set[Image]) -> None:
 
 def unheard(_: float) -> None:
     """Hear how far a merge is, and tell nobody."""
-
-
-async def _seen_through(work: Coroutine[Any, Any, None]) -> None:
-    """Do *work* to its end, however often we are cancelled meanwhile, and be cancelled then."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    task.result()
-    if cancelled is not None:
-        raise cancelled

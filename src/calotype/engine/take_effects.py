@@ -8,6 +8,7 @@ dead. Undoing the instant is the longest and stands in `abandon_effects.py`.
 import asyncio
 import contextlib
 import os
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from calotype.engine.abandon_effects import abandon_instant
 from calotype.engine.disk_effects import chain_of
 from calotype.engine.progress import Progress
 from calotype.engine.world import Effect, Effects, World
-from calotype.errors import ConflictError, PauseLimitError, QemuError
+from calotype.errors import ConflictError, HostError, PauseLimitError, QemuError
 from calotype.model import names
 from calotype.model.snapshot import MachineStatePart, Manifest
 from calotype.model.vm import Facts, Process, VmRecord
@@ -36,7 +37,7 @@ from calotype.plan.steps import (
 )
 from calotype.plan.take_plan import TakePlan
 from calotype.plan.window import Accepted, Failed, Window
-from calotype.qemu import guarding, migration, observe
+from calotype.qemu import guarding, migration, observe, process
 from calotype.qemu.monitor import CommandRefused, Monitor
 from calotype.qemu.passing import pass_through
 from calotype.store import files, images
@@ -45,6 +46,8 @@ from calotype.store.store import Store
 STATE_FILE = "machine-state"
 FLUSH_ROUNDS = 3
 FLUSHED_MS = 10.0
+DYING_S = 1.0
+"""How long a QEMU that does not answer before the pause is given to turn out to be dead."""
 
 
 class Taking(World):
@@ -180,10 +183,15 @@ async def _pass_instant(taking: Taking, step: PassInstant) -> None:
         actions=[qmp_action(action) for action in step.actions],
         limit_ms=step.limit_ms,
     )
-    end = await _guarded(taking, step, window)
+    try:
+        end = await _guarded(taking, step, window)
+    except (HostError, QemuError) as error:
+        if taking.began_with and await process.ended(taking.began_with, DYING_S):
+            raise _death(taking.record, error.problem) from error
+        raise
     taking.is_settled = isinstance(end, Accepted) or end.settled
     if isinstance(end, Failed):
-        raise _window_error(end)
+        raise _death(taking.record, end.reason) if taking.qemu is None else _window_error(end)
     taking.accepted = end
     stamp = end.stop_us
     taking.instant = datetime.fromtimestamp(stamp / 1e6, UTC) if stamp else datetime.now(UTC)
@@ -218,6 +226,14 @@ async def _compare_graph(monitor: Monitor, step: PassInstant) -> None:
 
 def _fd_uri(snapshot: str) -> str:
     return f"fd:{names.state_descriptor(snapshot)}"
+
+
+def _death(record: VmRecord, seen: str) -> QemuError:
+    """What is said where there is no QEMU any more, whatever was *seen* of that."""
+    return QemuError(
+        f"no snapshot was taken: QEMU has died ({seen})",
+        f"`calotype start {shlex.quote(record.name)}` starts it again",
+    )
 
 
 def _window_error(failed: Failed) -> QemuError | PauseLimitError:

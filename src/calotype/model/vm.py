@@ -123,6 +123,8 @@ class DiskFacts(Struct, frozen=True):
     cache_direct: bool
     cache_no_flush: bool
     detect_zeroes: str
+    may_hold_overlay: bool = True
+    """Whether we may create an overlay beside the origin."""
     may_be_immutable: bool = True
     """Whether a freeze can stop root too: the file system has the flag, and we may set it."""
     filters: tuple[str, ...] = ()

@@ -4,6 +4,7 @@
 whatever would fail inside the pause, is said here, by name, before anything happens.
 """
 
+import posixpath
 from collections.abc import Callable, Iterator, Mapping
 
 from calotype.model.snapshot import MachineStateKind, StorageKind
@@ -122,6 +123,12 @@ def _disk_blockers(disk: DiskFacts, kind: StorageKind) -> Iterator[Blocker]:
         yield Blocker(
             f"disk {disk.name!r} is a device, {disk.image.path}: an overlay has no place beside it",
             "put a qcow2 image over it first, or skip it",
+        )
+    if kind == "external" and disk.is_regular_file and not disk.may_hold_overlay:
+        yield Blocker(
+            f"no overlay can be created in {posixpath.dirname(disk.origin.path)}, beside"
+            f" {disk.origin.path}",
+            "let this user write to that folder (`chmod`; `chattr -i` if it is immutable)",
         )
     if kind == "external" and disk.free_bytes < 64 * MIB:
         yield Blocker(

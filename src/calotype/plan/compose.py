@@ -8,6 +8,7 @@ from calotype.model import names
 from calotype.model.snapshot import MachineStatePart, Manifest, StoragePart, Timings
 from calotype.model.vm import DiskFacts, Facts, Image, ImageFacts, RunState, VmRecord
 from calotype.plan.restore import Definition
+from calotype.plan.steps import CommitLeftBehind
 from calotype.plan.take_plan import DiskPlan, TakePlan
 
 
@@ -86,31 +87,30 @@ def _taken_part(disk: DiskFacts, plan: DiskPlan, snapshot: str, outcome: Outcome
 
 
 def compose_left_behind(
-    left_behind: str,
+    step: CommitLeftBehind,
     restored: Manifest,
     record: VmRecord,
     definition: Definition,
-    active: Mapping[int, Image],
     outcome: Outcome,
 ) -> Manifest:
-    """The manifest of the disks that a restore leaves behind, without a machine state."""
+    """The manifest of what a restore leaves behind; with a machine state if that was saved."""
     parts = {part.index: part for part in restored.storage}
+    state = outcome.machine_state
     return Manifest(
-        id=left_behind,
+        id=step.snapshot,
         tag="",
         description=f"left behind by the restore of {restored.id}",
-        parent=record.parent,
+        parent=step.parent_before,
         vm_id=record.id,
         vm_name=record.name,
         instant=outcome.instant,
         method="left-behind",
-        run_state="off",
-        machine_state=None,
+        run_state="off" if state is None else step.run_state,
+        machine_state=state,
         storage=tuple(
-            _left_part(parts[index], left_behind, image, active[index], outcome)
-            for disk in record.disks
-            if (index := disk.index) in parts
-            for image in (disk.active,)
+            _left_part(parts[index], step.snapshot, image, step.active[index], outcome)
+            for index, image in sorted(step.active_before.items())
+            if index in parts
         ),
         read_only=restored.read_only,
         topology=restored.topology,

@@ -20,10 +20,12 @@ from calotype.plan.steps import (
     DeleteMade,
     DiscardImages,
     DropSnapshot,
+    EndOld,
     EndPause,
     ExtractInside,
     FlushImages,
     FreezeImages,
+    HandOver,
     LetRun,
     LoadState,
     MakeSnapshotFolder,
@@ -42,6 +44,7 @@ from calotype.plan.steps import (
     RemoveImage,
     RemoveSnapshotFiles,
     Retarget,
+    SaveLeftBehind,
     SetMigration,
     StartQemu,
     Step,
@@ -96,6 +99,14 @@ CRASHES: Mapping[type[Step], Crash] = {
     RecordStarted: Crash("names of disks and the machine in the record", "puts back the former"),
     CheckTopology: _NOTHING,
     LoadState: Crash("a QEMU with the state loaded, its guest not running", "ends it"),
+    HandOver: Crash(
+        "a guest that the guard lets run: of the new QEMU if the record names its images, else of"
+        " the old one, with what was handed over handed back",
+        "goes on if the record names the new images and their QEMU lives (or the old one does not);"
+        " else ends the new one, hands back, and lets the old one run",
+    ),
+    SaveLeftBehind: Crash("a saved state of the old QEMU, which stands still", "saves it again"),
+    EndOld: Crash("no old QEMU", "goes on: the new one runs the VM"),
     CommitLeftBehind: Crash("a snapshot of the disks left behind", "removes it"),
     RecordRestored: Crash(
         "a record that names the new images",

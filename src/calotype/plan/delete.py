@@ -26,6 +26,7 @@ from calotype.plan.layers import (
     Replace,
     Stay,
     Up,
+    closed,
     settle,
     stays,
 )
@@ -69,9 +70,9 @@ class DeletePlan(Struct, frozen=True):
     reparented: dict[str, str | None]
     """Snapshot that stays -> its new parent."""
     freed_bytes: int
-    """At least; an image that is merged into another may hold the same places of the disk."""
+    """At least, as two images may hold the same places of the disk; negative: more may be taken."""
     freed_limit_bytes: int
-    """At most."""
+    """At most; negative where more is taken in any case."""
     removes: tuple[str, ...]
     merges: tuple[Merge, ...]
     seconds: float
@@ -79,6 +80,8 @@ class DeletePlan(Struct, frozen=True):
     blockers: tuple[Blocker, ...]
     mismatches: tuple[Mismatch, ...]
     steps: tuple[Step, ...]
+    is_more_when_off: bool = False
+    """Whether more can be merged or removed once the VM is off."""
 
 
 def plan_delete(catalogue: Catalogue, request: DeleteRequest) -> DeletePlan:
@@ -105,7 +108,7 @@ def plan_delete(catalogue: Catalogue, request: DeleteRequest) -> DeletePlan:
             for manifest in _kept(catalogue, doomed)
             if parents[manifest.id] != manifest.parent
         },
-        freed_bytes=max(0, states + least),
+        freed_bytes=states + least,
         freed_limit_bytes=states + most,
         removes=tuple(each.layer.path for each in operations if isinstance(each, Remove)),
         merges=all_merges,
@@ -121,6 +124,7 @@ def plan_delete(catalogue: Catalogue, request: DeleteRequest) -> DeletePlan:
             parents,
             was_running=catalogue.is_running,
         ),
+        is_more_when_off=any(settle(closed(disk.end))[0] for disk in disks),
     )
 
 

@@ -56,7 +56,7 @@ def freed_bytes(operations: list[Operation]) -> tuple[int, int]:
                 least, most = least + layer.allocated_bytes, most + layer.allocated_bytes
             case Down(top, base, _):
                 least += top.allocated_bytes - growth_bytes(top, base)
-                most += min(top.allocated_bytes, base.allocated_bytes)
+                most += top.allocated_bytes  # where the base has room at the same places already
             case Up(Layer() as layer, children, _):
                 least -= layer.allocated_bytes * (len(children) - 1)
                 most += layer.allocated_bytes

@@ -155,6 +155,12 @@ def stays(disk: DiskLayers) -> Iterator[Stay]:
             yield Stay(layer.path, reason or str(_fate(disk, layer)), is_needed=bool(reason))
 
 
+def closed(disk: DiskLayers) -> DiskLayers:
+    """A disk's images as they are while the VM is off."""
+    layers = {path: replace(layer, is_open=False) for path, layer in disk.layers.items()}
+    return replace(disk, layers=layers)
+
+
 def _next(disk: DiskLayers) -> Operation | None:
     fates = [_fate(disk, layer) for layer in _bottom_up(disk)]
     possible = [fate for fate in fates if isinstance(fate, Operation)]

@@ -8,7 +8,9 @@ already exists:
 operation  point of no return
 =========  =====================================================================================
 take       the manifest is there: the snapshot exists
-restore    the guest was let run; or the record names the new images and QEMU holds the loaded state
+restore    the guest was let run; or the record names the new images and QEMU holds the state;
+           or, of a VM that runs, the new QEMU lives or the old one does not; or what was left is
+           being discarded
 start      the guest was let run
 delete     the first manifest is gone
 =========  =====================================================================================
@@ -16,12 +18,22 @@ delete     the first manifest is gone
 An undo that was begun is gone on with: past a point of no return too, a step can have failed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from msgspec import Struct
 
-from calotype.plan.steps import AnyStep, Commit, LetRun, RecordRestored, StartQemu, Step
+from calotype.plan.steps import (
+    AnyStep,
+    Commit,
+    DiscardImages,
+    DropSnapshot,
+    HandOver,
+    LetRun,
+    RecordRestored,
+    StartQemu,
+    Step,
+)
 
 OperationKind = Literal["take", "restore", "start", "delete"]
 
@@ -36,6 +48,9 @@ class Sight(Struct, frozen=True):
     is_recorded: bool
     """Whether the record names the images that a restore was to put the VM on."""
     qemu_runs: bool
+    """Whether the QEMU that the operation started runs."""
+    old_runs: bool = False
+    """Whether the QEMU that ran the VM when the operation began still runs."""
     is_undoing: bool = False
     """Whether somebody had begun to undo it: what is half undone cannot be finished any more."""
 
@@ -72,7 +87,16 @@ def point_of_no_return(kind: OperationKind, steps: tuple[Step, ...]) -> int:
     return points[-1] + 1 if points else len(steps)
 
 
-_POINTS = (Commit, LetRun, RecordRestored)
+def unfinished_words(begun: Sequence[Step]) -> str:
+    """What is said of an operation that failed past its point of no return, in its last step."""
+    dropped = [step.snapshot for step in begun[:-1] if isinstance(step, DropSnapshot)]
+    if dropped:
+        gone = ", ".join(dropped)
+        return f"deleted already: {gone}; `calotype recover` finishes the rest, nothing is undone"
+    return "it is past the point of no return: `calotype recover` finishes it"
+
+
+_POINTS = (Commit, HandOver, LetRun, RecordRestored)
 
 
 def _needs_guest(step: AnyStep) -> bool:
@@ -88,11 +112,21 @@ def _guest_was_let_run(steps: tuple[AnyStep, ...], sight: Sight) -> bool:
 
 
 def _restore_holds(steps: tuple[AnyStep, ...], sight: Sight) -> bool:
-    if _guest_was_let_run(steps, sight):
+    if _guest_was_let_run(steps, sight) or _went_over(steps, sight):
         return True
+    if any(isinstance(step, DiscardImages) for step in steps[: sight.begun]):
+        return True  # there is nothing to go back to any more
     needs_qemu = any(isinstance(step, StartQemu) for step in steps)
     was_begun = any(isinstance(step, RecordRestored) for step in steps[: sight.begun])
     return was_begun and sight.is_recorded and (sight.qemu_runs or not needs_qemu)
+
+
+def _went_over(steps: tuple[AnyStep, ...], sight: Sight) -> bool:
+    """Whether another QEMU has taken the place of the one that ran the VM."""
+    if any(isinstance(step, HandOver) for step in steps[: max(0, sight.begun - 1)]):
+        return True
+    is_begun = any(isinstance(step, HandOver) for step in steps[: sight.begun])
+    return is_begun and sight.is_recorded and (sight.qemu_runs or not sight.old_runs)
 
 
 def _delete_has_begun(_: tuple[AnyStep, ...], sight: Sight) -> bool:

@@ -2,7 +2,11 @@
 
 Every difference is found before anything is touched, and all of them are named, not only the
 first. Identities are compared, contents are not read. What is left behind is kept: the disks that
-the VM was on become a snapshot of their own, without a machine state.
+the VM was on become a snapshot of their own, without a machine state unless that is asked for.
+
+A VM that runs is gone over *beside*: a second QEMU is prepared completely, on images of its own,
+while the first runs on, and takes its place in one pause. So the two never write to one image: an
+internal snapshot is copied out where it would otherwise be gone back to in place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,24 +15,38 @@ from typing import Literal
 from msgspec import Struct
 
 from calotype.model import names
+from calotype.model.acts import Act, Keep, Move, Tell
 from calotype.model.identity import Difference, Identity, differences
 from calotype.model.snapshot import Manifest, StoragePart
-from calotype.model.vm import DiskRecord, Image, ImageFacts, ReadOnlyDisk, RunState, VmRecord
+from calotype.model.vm import (
+    DiskRecord,
+    Image,
+    ImageFacts,
+    MigrationFacts,
+    ReadOnlyDisk,
+    RunState,
+    VmRecord,
+)
 from calotype.plan.steps import (
     ApplyInside,
     CheckTopology,
     CommitLeftBehind,
     CreateOverlay,
     DiscardImages,
+    EndOld,
     ExtractInside,
     FreezeImages,
+    HandOver,
     LetRun,
     LoadState,
     MakeSnapshotFolder,
     RecordRestored,
+    SaveLeftBehind,
     StartQemu,
     Step,
 )
+from calotype.plan.take import set_migration
+from calotype.plan.take_plan import Blocker
 
 Definition = tuple[tuple[str, str], ...]
 
@@ -40,6 +58,8 @@ class RestoreRequest(Struct, frozen=True):
     discard_current: bool = False
     accept_touched: bool = False
     """Go on although a file's mode, owner or name was changed, if nothing else of it was."""
+    keep_current: bool = False
+    """Keep the machine state that is left behind, too; of a VM that runs."""
 
 
 class Found(Struct, frozen=True):
@@ -56,6 +76,24 @@ class Found(Struct, frozen=True):
     """The permission bits of the active images, by path."""
     kept_paths: frozenset[str]
     """Images that some snapshot of this VM stands on."""
+
+
+class Running(Struct, frozen=True):
+    """What is found of the QEMU that runs the VM, whose place another is to take."""
+
+    was_running: bool
+    """Whether its guest runs."""
+    endpoints: tuple[tuple[str, str], ...]
+    """What only one of the two can have, and how it is handed over, in words."""
+    forth: tuple[Act, ...]
+    back: tuple[Act, ...]
+    unshared: tuple[tuple[str, str], ...]
+    """Arguments of its command line that keep a second QEMU from being started, and why."""
+    jobs: tuple[str, ...]
+    """Block jobs that would end with it."""
+    can_let_go: bool
+    """Whether it can give up an image that the other takes over (blockdev-set-active)."""
+    migration: MigrationFacts
 
 
 class Mismatch(Struct, frozen=True):
@@ -77,6 +115,11 @@ class RestorePlan(Struct, frozen=True):
     active: dict[int, Image]
     mismatches: tuple[Mismatch, ...]
     steps: tuple[Step, ...]
+    blockers: tuple[Blocker, ...] = ()
+    endpoints: tuple[tuple[str, str], ...] = ()
+    """What is handed over from the QEMU that runs, and how; none where none runs."""
+    notes: tuple[str, ...] = ()
+    """What else there is to know."""
 
 
 def plan_restore(
@@ -85,8 +128,9 @@ def plan_restore(
     found: Found,
     request: RestoreRequest,
     left_behind: str,
+    running: Running | None = None,
 ) -> RestorePlan:
-    """Plan to put a VM that does not run back to a snapshot.
+    """Plan to put a VM back to a snapshot.
 
     Args:
         manifest: The snapshot.
@@ -94,28 +138,27 @@ def plan_restore(
         found: What is on disk now.
         request: What the user asked for.
         left_behind: The id of the snapshot that keeps the present disks, and of the new overlays.
+        running: The QEMU that runs it, if one does.
 
     Returns:
-        The plan; its `mismatches` are empty if it can be carried out.
+        The plan; its `mismatches` and `blockers` are empty if it can be carried out.
     """
-    disks = {disk.index: disk for disk in record.disks}
-    pairs = [(part, disks[part.index]) for part in manifest.storage if part.index in disks]
-    active = {part.index: _new_active(part, disk, left_behind) for part, disk in pairs}
-    run_state: RunState = manifest.run_state if request.run_state == "saved" else request.run_state
+    go = _Going(manifest, record, found, request, left_behind, running)
     return RestorePlan(
         snapshot=manifest.id,
         left_behind=left_behind,
         keeps_left_behind=not request.discard_current,
-        run_state=run_state,
-        active=active,
+        run_state=go.run_state,
+        active=go.active,
         mismatches=tuple(
             mismatch
             for mismatch in _mismatches(manifest, record, found, request)
             if not (request.accept_touched and mismatch.kind == "touched")
         ),
-        steps=tuple(
-            _steps(manifest, record, found, request, left_behind, run_state, pairs, active)
-        ),
+        steps=tuple(_steps(go) if running is None else _steps_beside(go, running)),
+        blockers=tuple(_blockers(go, running)) if running else (),
+        endpoints=running.endpoints if running else (),
+        notes=tuple(_notes(go)) if running else (),
     )
 
 
@@ -236,70 +279,182 @@ def _recorded_as(now: Identity, manifest: Manifest) -> str | None:
     return None
 
 
+# --- what is in the way of going over from a VM that runs ----------------------------------------
+
+_STOP_FIRST = "give --stop-first: the VM is saved, ended, and put back if the restore fails"
+
+
+def _blockers(go: "_Going", running: Running) -> Iterator[Blocker]:
+    if go.run_state == "off":
+        yield Blocker(
+            f"the snapshot {go.manifest.id} has no machine state, and the VM runs",
+            "`calotype stop NAME` first, or boot its disks with --run-state running",
+        )
+    for argument, reason in running.unshared:
+        yield Blocker(f"{argument}: {reason}", _STOP_FIRST)
+    for job in running.jobs:
+        yield Blocker(f"the block job {job!r} would end with the VM", "wait for it or cancel it")
+    if running.migration.status in ("active", "setup", "device", "cancelling"):
+        yield Blocker("a migration is under way", "wait for it or cancel it")
+    for part, disk in go.pairs:
+        if part.kind == "skip" and not (running.can_let_go and go.manifest.machine_state):
+            yield Blocker(f"disk {disk.name!r} is skipped, so both would be on it", _STOP_FIRST)
+    if go.request.keep_current and go.request.discard_current:
+        yield Blocker("it cannot be both kept and discarded", "give one of the two")
+
+
+def _notes(go: "_Going") -> Iterator[str]:
+    for part, disk in go.pairs:
+        if part.kind == "internal":
+            yield (
+                f"disk {disk.name!r}: its snapshot is inside an image that is in use, and is copied"
+                f" out of it, to {go.active[disk.index].path}; with --stop-first it need not be"
+            )
+
+
 # --- steps ---------------------------------------------------------------------------------------
 
 
-def _new_active(part: StoragePart, disk: DiskRecord, left_behind: str) -> Image:
-    if part.kind == "skip" or _is_in_place(part, disk):
-        return disk.active
-    return Image(names.overlay_path(disk.origin.path, left_behind), "qcow2")
+class _Going:
+    """Where the VM goes: what a plan is made of, and what follows from that at once."""
 
-
-def _is_in_place(part: StoragePart, disk: DiskRecord) -> bool:
-    """Whether the part lies inside the very image that is active: then it is gone back to there."""
-    return part.kind == "internal" and part.image == disk.active
-
-
-def _steps(
-    manifest: Manifest,
-    record: VmRecord,
-    found: Found,
-    request: RestoreRequest,
-    left_behind: str,
-    run_state: RunState,
-    pairs: list[tuple[StoragePart, DiskRecord]],
-    active: dict[int, Image],
-) -> Iterator[Step]:
-    before = {disk.index: disk.active for disk in record.disks}
-    for part, disk in pairs:
-        yield from _disk_steps(part, disk, active[disk.index], left_behind)
-    if run_state != "off":
-        yield StartQemu(active, manifest.machine_state is not None, _machine(manifest))
-    if run_state != "off" and manifest.topology is not None:
-        yield CheckTopology(manifest.topology)
-    if run_state != "off" and manifest.machine_state is not None:
-        yield LoadState(manifest.id, manifest.machine_state.file)
-    left = {before[index].path for index in active if active[index] != before[index]}
-    if not request.discard_current:
-        yield MakeSnapshotFolder(left_behind)
-        yield FreezeImages({path: found.modes.get(path, 0) for path in sorted(left)})
-        yield CommitLeftBehind(left_behind)
-    yield RecordRestored(active, before, manifest.id, record.parent)
-    if run_state == "running":
-        yield LetRun()
-    if request.discard_current:
-        inside = tuple(
-            (disk.active, names.internal_name(left_behind))
-            for part, disk in pairs
-            if _is_in_place(part, disk)
+    def __init__(
+        self,
+        manifest: Manifest,
+        record: VmRecord,
+        found: Found,
+        request: RestoreRequest,
+        left_behind: str,
+        running: Running | None,
+    ) -> None:
+        self.manifest = manifest
+        self.record = record
+        self.found = found
+        self.request = request
+        self.left_behind = left_behind
+        self.is_beside = running is not None
+        moves = [act for act in running.forth if isinstance(act, Move)] if running else []
+        self.sockets = tuple(move.source for move in moves)
+        disks = {disk.index: disk for disk in record.disks}
+        self.pairs = [(part, disks[part.index]) for part in manifest.storage if part.index in disks]
+        self.before = {disk.index: disk.active for disk in record.disks}
+        self.active = {part.index: self._new_active(part, disk) for part, disk in self.pairs}
+        self.run_state: RunState = (
+            manifest.run_state if request.run_state == "saved" else request.run_state
         )
-        gone = left - {image.path for image in active.values()}
-        yield DiscardImages(tuple(sorted(_discardable(gone, record, found))), inside)
+
+    def _new_active(self, part: StoragePart, disk: DiskRecord) -> Image:
+        if part.kind == "skip" or self.is_in_place(part, disk):
+            return disk.active
+        return Image(names.overlay_path(disk.origin.path, self.left_behind), "qcow2")
+
+    def is_in_place(self, part: StoragePart, disk: DiskRecord) -> bool:
+        """Whether the part lies inside the image that is active and closed: gone back to there."""
+        return not self.is_beside and part.kind == "internal" and part.image == disk.active
+
+    @property
+    def left(self) -> set[str]:
+        """The images that are left behind."""
+        return {
+            self.before[index].path
+            for index, image in self.active.items()
+            if image != self.before[index]
+        }
 
 
-def _machine(manifest: Manifest) -> str:
-    return manifest.topology.machine if manifest.topology else ""
+def _steps(go: _Going) -> Iterator[Step]:
+    """Go to a snapshot with a VM that does not run."""
+    yield from _prepared(go)
+    if not go.request.discard_current:
+        yield MakeSnapshotFolder(go.left_behind)
+        yield from _kept(go, "off")
+    yield RecordRestored(go.active, go.before, go.manifest.id, go.record.parent)
+    if go.run_state == "running":
+        yield LetRun()
+    if go.request.discard_current:
+        yield _discarded(go)
 
 
-def _disk_steps(
-    part: StoragePart, disk: DiskRecord, active: Image, left_behind: str
-) -> Iterator[Step]:
+def _steps_beside(go: _Going, running: Running) -> Iterator[Step]:
+    """Go to a snapshot while another QEMU runs the VM, whose place is taken at the very end."""
+    yield from _prepared(go)
+    if not go.request.discard_current:
+        yield MakeSnapshotFolder(go.left_behind)
+    forth, back = running.forth, running.back
+    if any(part.kind == "skip" for part, _ in go.pairs):
+        forth, back = (*forth, _active(on=False)), (_active(on=True), *back)
+    yield HandOver(
+        active=go.active,
+        active_before=go.before,
+        parent=go.manifest.id,
+        parent_before=go.record.parent,
+        forth=forth,
+        back=back,
+        was_running=running.was_running,
+        let_run=go.run_state == "running",
+    )
+    if go.request.keep_current:
+        settings = set_migration(running.migration, "paused")
+        yield SaveLeftBehind(go.left_behind, settings.capabilities, settings.parameters)
+    yield EndOld(tuple(act.name for act in forth if isinstance(act, Keep)))
+    if go.request.discard_current:
+        yield _discarded(go)
+    else:
+        yield from _kept(go, "running" if running.was_running else "paused")
+
+
+def _active(*, on: bool) -> Act:
+    """Have the old QEMU give up its images, or take them back (qapi/block-core.json)."""
+    return Tell("old", "blockdev-set-active", {"active": on})
+
+
+def _prepared(go: _Going) -> Iterator[Step]:
+    """The new images, and a QEMU on them that has the snapshot's state loaded."""
+    for part, disk in go.pairs:
+        yield from _disk_steps(go, part, disk)
+    if go.run_state == "off":
+        return
+    manifest = go.manifest
+    machine = manifest.topology.machine if manifest.topology else ""
+    is_incoming = manifest.machine_state is not None
+    yield StartQemu(go.active, is_incoming, machine, beside=go.is_beside, sockets=go.sockets)
+    if manifest.topology is not None:
+        yield CheckTopology(manifest.topology)
+    if manifest.machine_state is not None:
+        yield LoadState(manifest.id, manifest.machine_state.file)
+
+
+def _kept(go: _Going, run_state: RunState) -> Iterator[Step]:
+    """Keep what is left behind as a snapshot."""
+    yield FreezeImages({path: go.found.modes.get(path, 0) for path in sorted(go.left)})
+    yield CommitLeftBehind(
+        snapshot=go.left_behind,
+        restored=go.manifest.id,
+        active=go.active,
+        active_before=go.before,
+        parent_before=go.record.parent,
+        run_state=run_state,
+    )
+
+
+def _discarded(go: _Going) -> DiscardImages:
+    inside = tuple(
+        (disk.active, names.internal_name(go.left_behind))
+        for part, disk in go.pairs
+        if go.is_in_place(part, disk)
+    )
+    gone = go.left - {image.path for image in go.active.values()}
+    return DiscardImages(tuple(sorted(_discardable(gone, go.record, go.found))), inside)
+
+
+def _disk_steps(go: _Going, part: StoragePart, disk: DiskRecord) -> Iterator[Step]:
+    active = go.active[disk.index]
     if part.kind == "skip" or part.image is None:
         return
     if part.kind == "external":
         yield CreateOverlay(active.path, part.image, part.virtual_size_bytes)
-    elif _is_in_place(part, disk):
-        yield ApplyInside(part.image, part.internal_name, names.internal_name(left_behind))
+    elif go.is_in_place(part, disk):
+        yield ApplyInside(part.image, part.internal_name, names.internal_name(go.left_behind))
     else:
         yield ExtractInside(part.image, part.internal_name, active.path)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from calotype.model.vm import DiskRecord, Image, Topology, VmRecord
+from calotype.model.acts import Act
+from calotype.model.vm import DiskRecord, Image, RunState, Topology, VmRecord
 from calotype.plan.window import WindowMethod
 
 
@@ -211,6 +212,10 @@ class StartQemu(Step, frozen=True):
     incoming: bool
     machine: str
     """The versioned machine type to insist on; "" takes the command line's own."""
+    beside: bool = False
+    """Whether another QEMU runs the VM, whose place it is to take later."""
+    sockets: tuple[str, ...] = ()
+    """The files that it listens on meanwhile, beside those of the other."""
 
 
 class CheckTopology(Step, frozen=True):
@@ -240,10 +245,50 @@ class RecordStarted(Step, frozen=True):
     topology_before: Topology | None
 
 
-class CommitLeftBehind(Step, frozen=True):
-    """Write the manifest of the disks that a restore leaves behind."""
+class HandOver(Step, frozen=True):
+    """Let a VM go over from the QEMU that runs it to another, prepared on other images.
+
+    The guest of the old one stands still; what only one can have is handed over, the record names
+    the new images, and the guest of the new one runs. One step, as every pause is.
+    """
+
+    active: dict[int, Image]
+    active_before: dict[int, Image]
+    parent: str | None
+    parent_before: str | None
+    forth: tuple[Act, ...]
+    back: tuple[Act, ...]
+    was_running: bool
+    let_run: bool
+
+
+class SaveLeftBehind(Step, frozen=True):
+    """Save the machine state of the old QEMU, whose guest stands still for good."""
 
     snapshot: str
+    capabilities: dict[str, bool]
+    parameters: dict[str, int | str | bool]
+
+
+class EndOld(Step, frozen=True):
+    """End the old QEMU, and remove the second names of its sockets."""
+
+    names: tuple[str, ...]
+
+
+class CommitLeftBehind(Step, frozen=True):
+    """Write the manifest of what a restore leaves behind: disks, and a machine state if saved."""
+
+    snapshot: str
+    restored: str
+    """The snapshot that was gone back to."""
+    active: dict[int, Image]
+    """Which image each disk goes on with."""
+    active_before: dict[int, Image]
+    """Which image each was on."""
+    parent_before: str | None
+    run_state: RunState
+    """Where the machine state was saved: what its guest was before it was stopped for good."""
 
 
 class RecordRestored(Step, frozen=True):
@@ -373,6 +418,9 @@ AnyStep = (
     | LoadState
     | Define
     | RecordStarted
+    | HandOver
+    | SaveLeftBehind
+    | EndOld
     | CommitLeftBehind
     | RecordRestored
     | LetRun

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from calotype.model import names
 from calotype.model.snapshot import StorageKind
-from calotype.model.vm import DiskFacts, Facts, Image, VmRecord
+from calotype.model.vm import DiskFacts, Facts, Image, MigrationFacts, VmRecord
 from calotype.plan.blockers import blockers
 from calotype.plan.kinds import Kind, kind_of
 from calotype.plan.steps import (
@@ -240,7 +240,7 @@ def _steps(
     yield RecordAhead(now, before, snapshot, record.parent)
     if has_state:
         yield OpenState(snapshot, fdset)
-        yield _set_migration(facts, method)
+        yield set_migration(facts.migration, method)
     yield FlushImages(tuple(disk.image.path for disk in facts.disks if disk.is_regular_file))
     yield PassInstant(
         method=method,
@@ -252,7 +252,7 @@ def _steps(
     )
     if has_state:
         yield AwaitSave(snapshot, estimate.bytes)
-        yield _put_back(_set_migration(facts, method))
+        yield _put_back(set_migration(facts.migration, method))
         yield CloseState(snapshot, fdset)
     yield FreezeImages({disk.image.path: disk.mode for disk, _ in external})
     yield Commit(snapshot)
@@ -278,8 +278,14 @@ def _fdset(snapshot: str) -> int:
     return (1 << 20) + int(snapshot[:6], 16)
 
 
-def _set_migration(facts: Facts, method: WindowMethod) -> SetMigration:
-    before = facts.migration.capabilities
+def set_migration(now: MigrationFacts, method: WindowMethod) -> SetMigration:
+    """The step that sets QEMU's migration as a save by *method* needs it.
+
+    Args:
+        now: How it is set.
+        method: How the machine state is saved.
+    """
+    before = now.capabilities
     wanted = dict.fromkeys(_NEVER_WITH_BACKGROUND_SNAPSHOT, False)
     wanted |= {"background-snapshot": method != "paused"}
     changed = {name: state for name, state in wanted.items() if before.get(name, state) != state}
@@ -288,7 +294,7 @@ def _set_migration(facts: Facts, method: WindowMethod) -> SetMigration:
         capabilities=changed,
         capabilities_before={name: before[name] for name in changed},
         parameters=parameters,
-        parameters_before={name: facts.migration.parameters[name] for name in parameters},
+        parameters_before={name: now.parameters[name] for name in parameters},
     )
 
 

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from calotype import guard
 from calotype.errors import HostError, QemuError
@@ -22,10 +23,23 @@ class Switch(NamedTuple):
 
     record: str
     """The file of the VM's record, which says which of the two is the newest."""
-    base: str
+    newest: str
     """The path of the image below."""
     job: str
     """QEMU's job that switches."""
+
+
+class Handover(NamedTuple):
+    """Another QEMU takes a VM's place."""
+
+    record: str
+    """The file of the VM's record, which says whose guest is to run."""
+    newest: str
+    """The path of an image that only the new one has."""
+    let_run: bool
+    """Whether the guest of the new one is to run."""
+    back: list[dict[str, Any]]
+    """The acts that hand back what was handed over, as plain data, pids in them."""
 
 
 class Post:
@@ -43,17 +57,19 @@ class Post:
         """
         await self._hear(guard.READY)
 
-    async def arm(self, limit_s: float, switch: Switch | None = None) -> None:
+    async def arm(self, limit_s: float, change: Switch | Handover | None = None) -> None:
         """Begin its watch; returns when it has begun.
 
         Args:
             limit_s: After how long it acts.
-            switch: The switch of images that is made in the pause.
+            change: What is changed in the pause besides, so that another guest or image is newest.
 
         Raises:
             HostError: It does not answer: then the guest must not be stopped.
         """
-        orders = {"seconds": limit_s, "switch": switch._asdict() if switch else None}
+        orders: dict[str, Any] = {"seconds": limit_s, "switch": None, "handover": None}
+        if change is not None:
+            orders[type(change).__name__.lower()] = change._asdict()
         await self._say(guard.ARM + json.dumps(orders).encode() + b"\n")
         await self._hear(guard.ARMED)
 
@@ -79,11 +95,15 @@ class Post:
 
 
 @contextlib.asynccontextmanager
-async def posted(monitor_path: Path) -> AsyncIterator[Post]:
+async def posted(
+    monitor_path: Path, new_path: Path | None = None, new_pid: int = 0
+) -> AsyncIterator[Post]:
     """Have a guard stand by for the length of a `with` block; without a word it acts at the end.
 
     Args:
         monitor_path: A QMP socket of the VM that nobody else uses.
+        new_path: In a handover, one of the QEMU that is to take its place.
+        new_pid: ...and its pid.
 
     Raises:
         HostError: It cannot be started, or does not answer.
@@ -92,8 +112,14 @@ async def posted(monitor_path: Path) -> AsyncIterator[Post]:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with ours:
-        with theirs, _reached(monitor_path) as monitor:
-            process = _spawn((monitor.fileno(), theirs.fileno()))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(theirs)
+            descriptors = [stack.enter_context(_reached(monitor_path)).fileno(), theirs.fileno()]
+            if new_path is not None:
+                descriptors.append(stack.enter_context(_reached(new_path)).fileno())
+                descriptors.append(_pidfd(new_pid))
+                stack.callback(os.close, descriptors[-1])
+            process = _spawn(descriptors)
         process.returncode = 0  # it ends by itself; do not warn that nobody waits for it
         post = Post(process.pid, ours)
         await post.ready()
@@ -107,7 +133,14 @@ def _reached(path: Path) -> socket.socket:
         raise QemuError(f"no QEMU answers on {path}: {error.strerror}", LAST_WORDS) from error
 
 
-def _spawn(descriptors: tuple[int, int]) -> "subprocess.Popen[bytes]":
+def _pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise QemuError("the QEMU that was prepared is gone", LAST_WORDS) from error
+
+
+def _spawn(descriptors: Sequence[int]) -> "subprocess.Popen[bytes]":
     """Start the guard by its file: nothing of the package needs to be found or imported."""
     try:
         return subprocess.Popen(

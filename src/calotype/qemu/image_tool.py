@@ -55,12 +55,13 @@ async def commit(overlay: str) -> None:
     await _run("commit", "-q", "-f", "qcow2", f"file:{overlay}")
 
 
-async def mend_leaks(image: Image) -> None:
-    """Give back clusters that a qemu-img which was killed had taken; nobody has the image open.
+async def mend(image: Image) -> None:
+    """Mend what one who was killed has left of a change to the tables; nobody has the image open.
 
-    qcow2 orders its writes so that what is cut off leaves leaks and nothing worse (block/qcow2.c).
+    qcow2 orders its writes so that no data is lost: clusters are counted too often, or said to be
+    shared that are not (block/qcow2-snapshot.c counts all clusters before the table is written).
     """
-    await _run("check", "-q", "-r", "leaks", "-f", image.format, f"file:{image.path}")
+    await _run("check", "-q", "-r", "all", "-f", image.format, f"file:{image.path}")
 
 
 async def delete_inside(image: Image, name: str) -> None:
@@ -69,9 +70,12 @@ async def delete_inside(image: Image, name: str) -> None:
 
 
 async def extract_inside(image: Image, name: str, copy: str) -> None:
-    """Copy the content of an internal snapshot into a new qcow2 at *copy*."""
+    """Copy the content of an internal snapshot into a new qcow2 at *copy*.
+
+    A VM may run on the image meanwhile: what the snapshot holds does not change while it is there.
+    """
     node = {"driver": image.format, "file": {"driver": "file", "filename": image.path}}
-    await _run("convert", "-q", "-O", "qcow2", "-l", f"snapshot.name={name}",
+    await _run("convert", "-q", "-U", "-O", "qcow2", "-l", f"snapshot.name={name}",
                f"json:{json.dumps(node)}", f"file:{copy}")  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from calotype.qemu.peers import clients
 GREETING_TIMEOUT_S = 3.0
 REPLY_TIMEOUT_S = 60.0
 """How long QEMU may be silent: a drain and flush of slow storage fits in, a hang does not."""
+HANG_UP_TIMEOUT_S = 2.0
+_IN_LINE_POLL_S = 0.02
 SILENT_TIMEOUT_S = 0.5
 """How long it may be once it was silent for that long."""
 
@@ -141,27 +143,57 @@ class Monitor:
                 await self._client.runstate_changed()
 
     async def close(self) -> None:
-        """Hang up; never raises, a QEMU that has gone already is what many callers wait for."""
-        with contextlib.suppress(Exception):
-            await self._client.disconnect()
+        """Hang up; a QEMU that has gone already is what many callers wait for, and no error.
+
+        It is seen through when we are cancelled meanwhile: half of it would be told of by asyncio.
+        """
+        ending = asyncio.ensure_future(self._client.disconnect())
+        cancelled: asyncio.CancelledError | None = None
+        until = asyncio.get_running_loop().time() + HANG_UP_TIMEOUT_S
+        while not ending.done() and (left := until - asyncio.get_running_loop().time()) > 0:
+            try:
+                await asyncio.wait({ending}, timeout=left)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+        if cancelled is not None:
+            raise cancelled
 
 
 def open_socket(path: Path) -> socket.socket:
-    """Connect to the unix socket *path*, however long it is.
+    """Connect to the unix socket *path*, however long it is, and at once or not at all.
 
-    A socket's address holds 107 bytes; a folder held open gives every path a short name.
+    A socket's address holds 107 bytes; a folder held open gives every path a short name. QEMU lets
+    one wait in line (it listens with a backlog of 1), and where it hangs the line does not move:
+    who connected as others do would wait in the kernel, where no deadline of asyncio's reaches.
+
+    Raises:
+        BlockingIOError: The line is full.
+        OSError: Nobody listens there.
     """
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            connection.setblocking(False)
             connection.connect(f"/proc/self/fd/{folder}/{path.name}")
+            connection.setblocking(True)
         except BaseException:
             connection.close()
             raise
     finally:
         os.close(folder)
     return connection
+
+
+async def _opened(path: Path) -> socket.socket:
+    """Connect as soon as the line is not full."""
+    while True:
+        try:
+            return open_socket(path)
+        except BlockingIOError:
+            await asyncio.sleep(_IN_LINE_POLL_S)
 
 
 def listen_socket(path: Path) -> socket.socket:
@@ -195,7 +227,7 @@ async def connect(path: Path, timeout_s: float = GREETING_TIMEOUT_S) -> AsyncIte
     client = _Client(path.name)
     try:
         async with asyncio.timeout(timeout_s):
-            await client.connect(open_socket(path))
+            await client.connect(await _opened(path))
     except TimeoutError as error:
         raise _silent(path, timeout_s) from error
     except (OSError, ConnectError) as error:

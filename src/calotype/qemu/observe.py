@@ -84,7 +84,7 @@ async def observe(monitor: Monitor, record: VmRecord, qemu: Process, store: Path
         ),
         networks=await _networks(monitor),
         memory_backends=tuple([reason async for reason in _unprotectable(monitor)]),
-        migration=await _migration(monitor),
+        migration=await observe_migration(monitor),
         host=_host(qemu, store),
         graph_digest=digest(blocks),
     )
@@ -205,6 +205,7 @@ def _disk(disk: DiskRecord, backend: Mapping[str, Any], blocks: Blocks) -> DiskF
         cache_direct=cache["direct"],
         cache_no_flush=cache["no-flush"],
         detect_zeroes=node["detect_zeroes"],
+        may_hold_overlay=images.may_create_in(Path(disk.origin.path).parent),
         may_be_immutable=images.may_be_immutable(path),
     )
 
@@ -327,7 +328,8 @@ async def _property(monitor: Monitor, path: str, name: str) -> Any:
         return ""
 
 
-async def _migration(monitor: Monitor) -> MigrationFacts:
+async def observe_migration(monitor: Monitor) -> MigrationFacts:
+    """What QEMU's migration can do, how it is set, and what is in its way."""
     capabilities = await monitor.execute("query-migrate-capabilities")
     state = await monitor.execute("query-migrate")
     return MigrationFacts(

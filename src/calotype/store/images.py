@@ -227,6 +227,20 @@ def may_be_immutable(path: Path) -> bool:
         return _flags(fd) is not None and _has_capability(_CAP_LINUX_IMMUTABLE)
 
 
+def may_create_in(folder: Path) -> bool:
+    """Whether we may create a file in a folder; nothing is changed to find out."""
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        return False
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # one that may be written need not be one that may be read
+        return True
+    try:
+        return not (_flags(fd) or 0) & _FS_IMMUTABLE_FL
+    finally:
+        os.close(fd)
+
+
 def _has_capability(number: int) -> bool:
     lines = Path("/proc/self/status").read_text().splitlines()
     effective = next(line for line in lines if line.startswith("CapEff:"))

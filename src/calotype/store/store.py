@@ -386,10 +386,11 @@ def _read(path: Path, kind: type[_Kept]) -> _Kept:
 _REMEDIES: Mapping[type[msgspec.Struct], str] = {
     VmRecord: "put it back from a copy; other VMs are not affected",
     Process: "remove it if no QEMU runs this VM, else write its pid and start time into it again",
-    Manifest: "put it back from a copy; other snapshots are not affected",
+    Manifest: "put it back from a copy; or, to give that snapshot up, move {folder} away and run"
+    " `calotype doctor --rebuild`",
     Labels: "put it back from a copy, or remove it: then the manifest's own tag counts again",
 }
 
 
 def _damaged(path: Path, problem: str, kind: type[msgspec.Struct]) -> StoreError:
-    return StoreError(problem, _REMEDIES[kind], path=str(path))
+    return StoreError(problem, _REMEDIES[kind].format(folder=path.parent), path=str(path))

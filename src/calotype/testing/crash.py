@@ -11,6 +11,8 @@ moment             when
 doing:N            step N was noted in the journal; its effect has not begun
 done:N             the effect of step N is done, and nothing after it
 sent:COMMAND       that command was sent inside the paused window, a millisecond ago
+handing:N          the N-th act of a handover is about to begin
+handing:run        all is handed over and recorded, and the new guest is about to be let run
 undoing:N          the N-th undo of a step is about to begin
 undone:N           the N-th undo of a step is done
 =================  ==============================================================================
@@ -22,6 +24,7 @@ kill-self          SIGKILL of the command
 stop-self          SIGSTOP of the command
 kill-qemu          SIGKILL of QEMU
 hang-qemu          SIGSTOP of QEMU
+kill-new           SIGKILL of a QEMU that was started beside it
 kill-guard         SIGKILL of the guard of the pause
 EIO, ENOSPC        the effect fails with this error of the host
 ask:FD             a byte is sent to that socket and one is waited for: the caller does something
@@ -40,12 +43,14 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
 from calotype import guard
+from calotype.engine import handover_effects, launch
 from calotype.engine.abandon_effects import ABANDON_EFFECTS
 from calotype.engine.effects import EFFECTS
 from calotype.engine.world import Effect
@@ -53,8 +58,10 @@ from calotype.model.vm import Process
 from calotype.plan import window
 from calotype.plan.steps import Step
 from calotype.plan.window import Command, Input, Output, Window
-from calotype.qemu import guarding, migration, monitor, observe
+from calotype.qemu import guarding, migration, monitor, observe, process
+from calotype.qemu.monitor import Monitor
 from calotype.qemu.process import start_ticks
+from calotype.store import journal as journals
 from calotype.store.files import host_errors
 from calotype.store.journal import Journal
 from calotype.store.store import Store
@@ -74,6 +81,23 @@ def _qemu() -> int:
 def _signal_qemu(number: signal.Signals) -> None:
     if pid := _qemu():
         os.kill(pid, number)
+
+
+def _kill_new() -> None:
+    (folder,) = Path(os.environ["CALOTYPE_STORE"]).glob("vms/*")
+    for qemu in process.find(launch.MARK, folder.name):
+        if qemu.pid != _old_pid(folder):
+            process.kill(qemu)
+
+
+def _old_pid(folder: Path) -> int:
+    """Whose record was last written before the handover."""
+    (journal,) = (folder / "journal").iterdir()
+    entries = journals.read(journal)
+    began = entries[0]
+    assert isinstance(began, journals.Began)
+    assert began.qemu is not None
+    return began.qemu.pid
 
 
 def _kill_guard() -> None:
@@ -101,6 +125,7 @@ DEEDS: dict[str, Callable[[], None]] = {
     "stop-self": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "kill-qemu": lambda: _signal_qemu(signal.SIGKILL),
     "hang-qemu": lambda: _signal_qemu(signal.SIGSTOP),
+    "kill-new": _kill_new,
     "kill-guard": _kill_guard,
     "EIO": lambda: _fail(errno.EIO),
     "ENOSPC": lambda: _fail(errno.ENOSPC),
@@ -158,6 +183,21 @@ class Striker:
                 asyncio.get_running_loop().call_later(0.001, self.reach, moment)
         return outputs
 
+    def watch_handover(self) -> None:
+        """Reach `handing`."""
+        perform, let_run, places = handover_effects.perform, handover_effects.let_run, count()
+
+        async def performed(*words: Any) -> None:
+            self.reach(f"handing:{next(places)}")
+            await perform(*words)
+
+        async def ran(new: Monitor) -> None:
+            self.reach("handing:run")
+            await let_run(new)
+
+        handover_effects.perform = performed  # type: ignore[assignment]
+        handover_effects.let_run = ran
+
     def watch_undo(self) -> None:
         """Reach `undoing` and `undone`."""
         for kind, effect in _EFFECTS.items():
@@ -200,14 +240,14 @@ async def _do_nothing(*_: object) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _no_guard(_: Path) -> AsyncIterator["_NoGuard"]:
+async def _no_guard(*_: object) -> AsyncIterator["_NoGuard"]:
     yield _NoGuard()
 
 
 class _NoGuard:
     """Stands by and does nothing."""
 
-    async def arm(self, limit_s: float) -> None:
+    async def arm(self, limit_s: float, change: object = None) -> None:
         """Do nothing."""
 
     async def stand_down(self) -> None:
@@ -226,6 +266,7 @@ def main(words: Sequence[str]) -> None:
     striker = Striker(moment, deed)
     striker.watch_journal()
     striker.watch_window()
+    striker.watch_handover()
     striker.watch_undo()
     sys.argv = ["calotype", *rest]
     runpy.run_module("calotype", run_name="__main__")

@@ -815,6 +815,46 @@ def test_a_damaged_file_is_named_and_hides_nothing_else(
     assert calotype("show", "web", "--latest").code == 0
 
 
+@pytest.mark.parametrize("words", [("du",), ("du", "web")])
+def test_du_names_a_damaged_manifest_and_counts_the_rest(
+    calotype: Calotype, root: Path, words: tuple[str, ...]
+) -> None:
+    keep(root, make_record([]), make_manifest([]), make_manifest([], id=OTHER))
+    path = Store(root).snapshot_folder(VM_ID, OTHER) / "manifest.json"
+    path.write_text("{")
+    said = calotype(*words, "--json")
+    assert said.code == 0
+    assert [each["id"] for each in said.json["vms"][0]["snapshots"]] == [SNAPSHOT]
+    assert [error["path"] for error in said.json["damaged"]] == [str(path)]
+    assert str(path) in said.err
+
+
+def test_a_damaged_snapshot_can_be_got_rid_of_as_a_delete_says(
+    calotype: Calotype, root: Path
+) -> None:
+    keep(root, make_record([]), make_manifest([]), make_manifest([], id=OTHER))
+    folder = Store(root).snapshot_folder(VM_ID, OTHER)
+    (folder / "manifest.json").write_text("{")
+    remedy = calotype("delete", "web", "--id", SNAPSHOT, "--json").json["error"]["remedy"]
+    assert f"move {folder} away" in remedy
+    assert "`calotype doctor --rebuild`" in remedy
+    folder.rename(root / "elsewhere")
+    assert calotype("doctor", "--rebuild").code == 0
+    assert calotype("delete", "web", "--id", SNAPSHOT).code == 0
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb"])
+def test_a_path_is_told_in_one_line_that_is_no_order_to_a_terminal(
+    calotype: Calotype, root: Path, name: str
+) -> None:
+    keep(root, make_record([make_disk_record(active=Image(f"/vm/{name}", "qcow2"))]))
+    line, *_ = [line for line in calotype("show", "web").out.splitlines() if "active" in line]
+    assert line.startswith("disk disk0: active image /vm/a")
+    assert line.endswith("b (qcow2)")
+    assert "\x1b" not in line
+    assert "\n  the command line names" in calotype("show", "web").out
+
+
 def test_a_damaged_record_keeps_its_name_as_long_as_the_index_knows_it(
     calotype: Calotype, root: Path
 ) -> None:

@@ -95,6 +95,24 @@ def test_what_the_system_refuses_is_a_failure_of_the_host(
     assert told["remedy"]
 
 
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("words", [("take", "web"), ("delete", "web", "--leftovers")])
+def test_a_closed_standard_error_changes_no_exit_code(words: tuple[str, ...]) -> None:
+    store = Store(Path(os.environ["CALOTYPE_STORE"]))
+    store.make_vm_folder(make_record().id)
+    store.save(make_record())
+    expected = ran(*words).returncode
+    closed = ("sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, *words)
+    assert subprocess.run(closed, check=False).returncode == expected != 1
+
+
+def test_no_file_of_ours_gets_the_number_of_a_stream_that_is_closed(tmp_path: Path) -> None:
+    code = "import os; from calotype.cli import main; main._prepare(); print(os.open('/', 0))"
+    closed = ("sh", "-c", 'exec "$@" 2>&- <&-', "sh", sys.executable, "-c", code)
+    done = subprocess.run(closed, check=False, stdout=subprocess.PIPE, cwd=tmp_path)
+    assert int(done.stdout) > 2
+
+
 # --- bytes that are no text -----------------------------------------------------------------------
 
 
@@ -428,7 +446,7 @@ def _restorable(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     plan = RestorePlan(SNAPSHOT, "b" * 16, True, "running", {}, (), ())
 
     async def restore(*_: Any) -> operations.Restored:
-        return operations.Restored(manifest, plan, 1.0)
+        return operations.Restored(manifest, plan, 1.0, None)
 
     monkeypatch.setattr(operations, "restore", restore)
 

@@ -8,7 +8,7 @@ import pytest
 from calotype.engine.execute import execute, finish, undo
 from calotype.engine.world import Effect, Effects
 from calotype.errors import HostError, QemuError
-from calotype.plan.steps import Step
+from calotype.plan.steps import DropSnapshot, Step
 
 
 class One(Step, frozen=True):
@@ -372,6 +372,18 @@ async def test_from_the_point_of_no_return_on_nothing_is_undone(
     else:
         assert notes.entries[-1] == ("unfinished", "it broke")
         assert "`calotype recover` finishes it" in error.__notes__[0]
+
+
+async def test_what_is_deleted_already_is_said_of_a_delete_that_fails() -> None:
+    drops = (DropSnapshot("a"), DropSnapshot("b"))
+    effects: dict[type[Step], Effect] = dict(EFFECTS)
+    effects[DropSnapshot] = Effect(lambda *_: asyncio.sleep(0))
+    error = QemuError("it broke")
+    with pytest.raises(QemuError) as caught:
+        await execute((*drops, One()), effects, World(do_one=error), Notebook(), 0)
+    assert caught.value.__notes__ == [
+        "deleted already: a, b; `calotype recover` finishes the rest, nothing is undone"
+    ]
 
 
 async def test_past_the_point_of_no_return_a_full_disk_does_not_hide_the_error() -> None:

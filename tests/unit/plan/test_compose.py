@@ -30,6 +30,7 @@ from calotype.model import names
 from calotype.model.snapshot import Manifest, StorageKind, StoragePart, Timings
 from calotype.model.vm import Facts, Image, ReadOnlyDisk, VmRecord
 from calotype.plan.compose import Outcome, compose_left_behind, compose_taken
+from calotype.plan.steps import CommitLeftBehind
 from calotype.plan.take import plan_take
 from calotype.plan.take_plan import TakeRequest
 from calotype.store.store import Store
@@ -173,15 +174,18 @@ def test_read_only_storage_is_not_a_part() -> None:
 def left(
     restored: Manifest, record: VmRecord, active: dict[int, Image], **changes: Any
 ) -> Manifest:
+    before = {disk.index: disk.active for disk in record.disks}
+    step = CommitLeftBehind(LEFT, restored.id, active, before, record.parent, "running")
+    defaults: dict[str, Any] = {"machine_state": None}
     outcome = make_outcome(
-        stop_us=None, resume_us=None, machine_state=None,
+        stop_us=None, resume_us=None,
         chains={
             disk.index: (make_layer(disk.active.path, 300 + disk.index), BASE)
             for disk in record.disks
         },
-        **changes,
+        **(defaults | changes),
     )  # fmt: skip
-    return compose_left_behind(LEFT, restored, record, DEFINITION, active, outcome)
+    return compose_left_behind(step, restored, record, DEFINITION, outcome)
 
 
 def fresh(index: int) -> Image:
@@ -196,6 +200,13 @@ def test_what_is_left_behind_has_no_machine_state_and_was_off() -> None:
     assert (manifest.machine_state, manifest.timings.pause_ms) == (None, None)
     assert manifest.tag == ""
     assert SNAPSHOT in manifest.description
+
+
+def test_what_is_left_behind_with_a_machine_state_ran() -> None:
+    state = make_manifest().machine_state
+    assert state is not None
+    manifest = left(make_manifest(), make_record(), {0: fresh(0)}, machine_state=state)
+    assert (manifest.machine_state, manifest.run_state) == (state, "running")
 
 
 def test_the_image_that_was_left_is_an_external_part() -> None:

@@ -141,6 +141,45 @@ def test_what_is_freed_is_told_at_least_and_at_most() -> None:
     assert plan.seconds == pytest.approx(GIB / 300e6, abs=0.1)
 
 
+def of_sizes(*sizes: int, **changes: Any) -> DiskLayers:
+    """The disk, each image of its own size."""
+    whole = layers()
+    sized = zip(whole.layers.values(), sizes, strict=True)
+    resized = {each.path: replace(each, allocated_bytes=size, **changes) for each, size in sized}
+    return replace(whole, layers=resized)
+
+
+def test_all_of_a_top_may_be_freed_its_tables_too() -> None:
+    plan = plan_of(1, disks=(of_sizes(GIB, 10, GIB, GIB),))
+    assert plan.freed_limit_bytes == 1000 + GIB
+
+
+def test_a_merge_that_takes_more_than_it_frees_is_told() -> None:
+    disk = layers()
+    fork = Image(f"{IMAGES[0].path}.{'e' * 16}.qcow2", "qcow2")
+    more = Layer(fork, IMAGES[1], 10 * GIB, GIB)
+    held = {fork.path: ("e" * 16,)}
+    branched = replace(disk, layers={**disk.layers, fork.path: more}, held=held)
+    part = make_part(0, image=fork, layers=(make_layer(fork.path, 50),))
+    manifest = make_manifest([part], id="e" * 16, parent=IDS[0])
+    plan = plan_of(1, disks=(branched,), manifests=(*manifests(), manifest))
+    assert plan.freed_bytes == 1000 - GIB
+
+
+def test_what_waits_for_a_vm_that_runs_is_told_as_such() -> None:
+    def is_more_when_off(*, is_open: bool) -> bool:
+        copy = Image(f"{IMAGES[0].path}.{'c' * 16}.qcow2", "qcow2")
+        alone = {
+            image.path: Layer(image, None, 10 * GIB, GIB, is_open=is_open and image == copy)
+            for image in (IMAGES[0], copy)
+        }
+        disk = DiskLayers(0, "disk0", IMAGES[0], copy, alone, free_bytes=1000 * GIB)
+        return plan_of(disks=(disk,), manifests=()).is_more_when_off
+
+    assert is_more_when_off(is_open=True)
+    assert not is_more_when_off(is_open=False)
+
+
 def test_no_snapshot_at_all_merges_what_can_be_merged() -> None:
     plan = plan_of(manifests=manifests()[:1])
     assert plan.snapshots == ()

@@ -23,7 +23,9 @@ from calotype.plan.steps import (
     CreateOverlay,
     Define,
     DiscardImages,
+    EndOld,
     FreezeImages,
+    HandOver,
     LetRun,
     LoadState,
     MakeSnapshotFolder,
@@ -39,6 +41,7 @@ OVERLAY = CreateOverlay(AFTER[0].path, BEFORE[0], GIB)
 START = StartQemu(AFTER, incoming=True, machine="")
 RECORD = RecordRestored(AFTER, BEFORE, SNAPSHOT, None)
 DISCARD = DiscardImages((disk_path(1),), ())
+LEFT = CommitLeftBehind(OTHER, SNAPSHOT, AFTER, BEFORE, None, "off")
 
 TAKE: tuple[AnyStep, ...] = (
     MakeSnapshotFolder(SNAPSHOT),
@@ -51,13 +54,13 @@ RESTORE: tuple[AnyStep, ...] = (
     START,
     CheckTopology(make_topology()),
     LoadState(SNAPSHOT, "machine-state"),
-    CommitLeftBehind(OTHER),
+    LEFT,
     RECORD,
     LetRun(),
     DISCARD,
 )
 TO_PAUSED = (*RESTORE[:6], DISCARD)
-TO_OFF = (OVERLAY, CommitLeftBehind(OTHER), RECORD, DISCARD)
+TO_OFF = (OVERLAY, LEFT, RECORD, DISCARD)
 STARTING: tuple[AnyStep, ...] = (
     Define(make_record(), None),
     START,
@@ -90,7 +93,7 @@ def is_past(name: str, sight: Sight) -> bool:
         return sight.is_committed
     if name == "delete":
         return bool(begun)
-    if LetRun() in begun:
+    if LetRun() in begun or DISCARD in begun:
         return True
     holds = sight.qemu_runs or name == "restore to off"
     return name.startswith("restore") and RECORD in begun and sight.is_recorded and holds
@@ -139,6 +142,32 @@ def test_from_there_on_the_step_that_was_begun_last_is_done_again_and_then_the_r
     sight = Sight(begun, is_committed=True, is_recorded=True, qemu_runs=qemu_runs)
     plan = plan_recovery(kind, steps, sight)
     assert (plan.finish, plan.undo) == (finish, 0)
+
+
+OVER = HandOver(AFTER, BEFORE, SNAPSHOT, None, (), (), was_running=True, let_run=True)
+BESIDE: tuple[AnyStep, ...] = (OVERLAY, START, OVER, EndOld(()), LEFT)
+WENT_OVER = [
+    # steps begun, recorded, the new QEMU lives, the old one does -> whether it is finished
+    (2, True, True, True, False),
+    (3, False, True, True, False),
+    (3, True, True, True, True),
+    (3, True, False, True, False),  # the old one is all there is
+    (3, True, False, False, True),  # neither is: the record decides
+    (3, False, True, False, False),
+    (4, True, True, True, True),
+    (4, True, False, True, True),  # the new guest ran: there is no way back
+    (5, False, False, False, True),
+]
+
+
+@pytest.mark.parametrize(("begun", "recorded", "new", "old", "over"), WENT_OVER)
+def test_a_handover_is_past_return_once_it_is_recorded_and_not_all_that_is_left_is_the_old_one(
+    begun: int, recorded: bool, new: bool, old: bool, over: bool
+) -> None:
+    sight = Sight(begun, is_committed=True, is_recorded=recorded, qemu_runs=new, old_runs=old)
+    plan = plan_recovery("restore", BESIDE, sight)
+    assert plan.undo == (0 if over else begun)
+    assert plan.finish == (BESIDE[begun - 1 :] if over else ())
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -236,6 +236,11 @@ INDEPENDENT: dict[str, tuple[Change, str, str]] = {
         "node '#block0' has the dirty bitmap 'backup'",
         "block-dirty-bitmap-remove",
     ),
+    "no place for an overlay": (
+        of_disk(0, may_hold_overlay=False),
+        "no overlay can be created in /vm",
+        "chattr -i",
+    ),
     "raw holds nothing inside": (
         both(asked({"disk1": "internal"}), of_disk(1, image=Image("/vm/d.raw", "raw"))),
         "disk 'disk1' is raw, which holds no internal snapshots",

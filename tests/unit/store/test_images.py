@@ -326,6 +326,17 @@ def test_no_descriptor_is_left_open(image: Path) -> None:
     assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
+def test_a_folder_that_cannot_be_written_holds_no_overlay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    assert images.may_create_in(folder)
+    assert not images.may_create_in(tmp_path / "nosuch")
+    monkeypatch.setattr(images, "_flags", lambda _: 0x10)
+    assert not images.may_create_in(folder)
+
+
 # --- what can be a disk, and how it is protected --------------------------------------------------
 
 

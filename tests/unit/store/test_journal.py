@@ -108,6 +108,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         float: st.floats(allow_nan=False, allow_infinity=False),
         bool: st.booleans(),
         NoneType: st.none(),
+        Any: st.sampled_from(["words", 7, True, None, {"a": [1, {}]}]),  # what JSON gives back
     }
     return plain[hint]
 

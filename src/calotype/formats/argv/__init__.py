@@ -6,6 +6,7 @@
     disks         the images that are named            images    ...and others in their places
     machine       type and memory, gathered            definition  what the guest sees of it all
     refusals      what cannot be stood for, and why    supervision  what Calotype adds to it
+    sharing       what two QEMUs cannot both have
 
 Nothing is opened and nothing is looked up: a command line and the folder it is run in are all that
 counts. What cannot be understood is refused with the word, the reason and what to do.
@@ -17,6 +18,7 @@ from calotype.formats.argv.images import with_images
 from calotype.formats.argv.line import Argument, CommandLine
 from calotype.formats.argv.machine import machine, memory_bytes, with_machine
 from calotype.formats.argv.refusals import REFUSED
+from calotype.formats.argv.sharing import Endpoint, Sharing, acts, sharing
 from calotype.formats.argv.supervision import Endpoints, for_restore, has_console, supervised
 
 __all__ = [
@@ -24,13 +26,17 @@ __all__ = [
     "Argument",
     "CommandLine",
     "DiskArgument",
+    "Endpoint",
     "Endpoints",
+    "Sharing",
+    "acts",
     "definition",
     "disks",
     "for_restore",
     "has_console",
     "machine",
     "memory_bytes",
+    "sharing",
     "supervised",
     "with_images",
     "with_machine",
