@@ -49,6 +49,12 @@ def test_the_table_of_crashes_is_that_of_the_code() -> None:
     assert page("docs/internals.md").endswith(drawn)
 
 
+def test_the_table_of_kinds_is_that_of_the_code() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "draw-kinds")]
+    drawn = subprocess.run(script, check=True, capture_output=True, text=True).stdout
+    assert page("docs/kinds.md").endswith(drawn)
+
+
 def test_every_member_of_a_manifest_is_described() -> None:
     described = set(re.findall(r"`(\w+)`", page("docs/store.md").split("format 1")[1]))
     assert set(Manifest.__struct_fields__) <= described

@@ -35,7 +35,7 @@ from calotype.store.store import Store
 _BITMAPS = 1
 """The bit of a qcow2's autoclear features that says that it holds dirty bitmaps."""
 
-_NOTHING_OPEN = Open(frozenset(), (), ())
+_NOTHING_OPEN = Open(frozenset(), (), {}, ())
 
 
 async def delete_plan_only(store: Store, name: str, request: DeleteRequest) -> DeletePlan:

@@ -45,6 +45,8 @@ class Topology(Struct, frozen=True):
     """The QOM type of each virtual CPU."""
     devices: tuple[str, ...]
     """`name=type` of each device that was added by the command line or plugged later."""
+    media: tuple[str, ...] = ()
+    """`device=file` of each read-only medium in a drive: a CD that was changed is another one."""
 
 
 class VmRecord(Struct, frozen=True):
@@ -80,6 +82,21 @@ class Bitmap(Struct, frozen=True):
     name: str
 
 
+class Export(Struct, frozen=True):
+    """A node that QEMU offers to others."""
+
+    id: str
+    kind: str
+    node: str
+
+
+class Stray(Struct, frozen=True):
+    """Storage that the definition does not account for, or that cannot be frozen."""
+
+    problem: str
+    remedy: str = "take it out of the VM, or start the VM without it"
+
+
 class DiskFacts(Struct, frozen=True):
     """A writable disk as QEMU shows it now."""
 
@@ -88,7 +105,7 @@ class DiskFacts(Struct, frozen=True):
     qdev: str
     """The path of the device that the disk is plugged into; the identity across starts."""
     node: str
-    """The node the device is attached to, at the top of the chain."""
+    """The node of the image, at the top of the chain: what an overlay is put over."""
     image: Image
     virtual_size_bytes: int
     chain: tuple["ImageFacts", ...]
@@ -106,16 +123,22 @@ class DiskFacts(Struct, frozen=True):
     cache_direct: bool
     cache_no_flush: bool
     detect_zeroes: str
-    may_be_immutable: bool = True
-    """Whether a freeze can stop root too: the file system has the flag, and we may set it."""
-
     may_hold_overlay: bool = True
     """Whether we may create an overlay beside the origin."""
+    may_be_immutable: bool = True
+    """Whether a freeze can stop root too: the file system has the flag, and we may set it."""
+    filters: tuple[str, ...] = ()
+    """The filter nodes between the device and the image, the device's own first."""
+
+    @property
+    def root(self) -> str:
+        """The node that the device is on."""
+        return self.filters[0] if self.filters else self.node
 
     @property
     def labels(self) -> frozenset[str]:
         """All that a user may call this disk by."""
-        return frozenset(filter(None, (self.name, self.qdev, self.node)))
+        return frozenset(filter(None, (self.name, self.qdev, self.node, *self.filters)))
 
 
 class ImageFacts(Struct, frozen=True):
@@ -165,8 +188,7 @@ class Facts(Struct, frozen=True):
     topology: Topology
     disks: tuple[DiskFacts, ...]
     read_only: tuple[ReadOnlyDisk, ...]
-    strays: tuple[str, ...]
-    """Writable storage that the definition does not account for, in words."""
+    strays: tuple[Stray, ...]
     block_jobs: tuple[str, ...]
     bitmaps: tuple[Bitmap, ...]
     memory_backends: tuple[str, ...]
@@ -175,3 +197,6 @@ class Facts(Struct, frozen=True):
     host: HostFacts
     graph_digest: str
     """Digest of the block graph; compared once more as the last act before `stop`."""
+    exports: tuple[Export, ...] = ()
+    networks: tuple[str, ...] = ()
+    """`name=type` of each end of a network, the guest's and the host's."""

@@ -5,10 +5,11 @@ whatever would fail inside the pause, is said here, by name, before anything hap
 """
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from calotype.model.snapshot import MachineStateKind, StorageKind
 from calotype.model.vm import DiskFacts, Facts, VmRecord
+from calotype.plan.kinds import Sort, Treatment, kind_of, treatment
 from calotype.plan.take_plan import (
     Blocker,
     DiskPlan,
@@ -33,6 +34,7 @@ def blockers(
     yield from _request_blockers(facts, request)
     yield from _machine_blockers(facts, record)
     yield from _storage_blockers(facts, record, disks)
+    yield from _kind_blockers(facts, method)
     yield from _method_blockers(facts, method, request, estimate)
 
 
@@ -74,6 +76,13 @@ def _machine_blockers(facts: Facts, record: VmRecord) -> Iterator[Blocker]:
             f"the device {device!r} was {word} since the VM was started",
             "undo that, or start the VM with the device on its command line",
         )
+    for medium in sorted(set(facts.topology.media) ^ set(record.topology.media)):
+        device, _, file = medium.partition("=")
+        word = "put into" if medium in facts.topology.media else "taken out of"
+        yield Blocker(
+            f"the medium {file!r} was {word} {device!r} since the VM was started",
+            "undo that, or start the VM with the medium on its command line",
+        )
     if facts.topology.memory_bytes != record.topology.memory_bytes:
         yield Blocker("the VM's memory was resized since it was started", "set it back")
 
@@ -82,7 +91,7 @@ def _storage_blockers(
     facts: Facts, record: VmRecord, disks: tuple[DiskPlan, ...]
 ) -> Iterator[Blocker]:
     for stray in facts.strays:
-        yield Blocker(stray, "take it out of the VM, or start the VM without it")
+        yield Blocker(stray.problem, stray.remedy)
     for job in facts.block_jobs:
         yield Blocker(f"the block job {job!r} is under way", "wait for it or cancel it")
     for bitmap in facts.bitmaps:
@@ -128,12 +137,50 @@ def _disk_blockers(disk: DiskFacts, kind: StorageKind) -> Iterator[Blocker]:
         )
 
 
+def _kind_blockers(facts: Facts, method: WindowMethod) -> Iterator[Blocker]:
+    """Devices, networks and exports that the table of kinds lets stand in the way of this."""
+    for given in facts.topology.devices:
+        yield from _kind_blocker("device", given, given.partition("=")[2], method)
+    for given in facts.networks:
+        yield from _kind_blocker("network", given, given.partition("=")[2], method)
+    for export in facts.exports:
+        what = f"{export.id!r} of node {export.node!r} ({export.kind})"
+        yield from _kind_blocker("export", what, export.kind, method)
+
+
+def _kind_blocker(sort: Sort, given: str, kind: str, method: WindowMethod) -> Iterator[Blocker]:
+    in_the_way = _IN_THE_WAY.get(treatment(sort, kind), _never)
+    if not in_the_way(method):
+        return
+    known = kind_of(sort, kind)
+    reason = known.reason if known else "what it does is not known here"
+    remedy = known.remedy if known else "take it out"
+    other = f", {_USE_PAUSED}" if treatment(sort, kind) == "blocks live" else ""
+    yield Blocker(f"the {sort} {given}: {reason}", f"{remedy}{other}")
+
+
+def _never(_: WindowMethod) -> bool:
+    return False
+
+
+_IN_THE_WAY: Mapping[Treatment, Callable[[WindowMethod], bool]] = {
+    "blocks": lambda _: True,
+    "blocks state": lambda method: method != "storage-only",
+    "blocks live": is_live,
+    "needs state": lambda method: method == "storage-only",
+}
+"""Treatment -> whether it is in the way of a snapshot of this method."""
+
+
 def _method_blockers(
     facts: Facts, method: WindowMethod, request: TakeRequest, estimate: Estimate
 ) -> Iterator[Blocker]:
     if method != "storage-only":
         for reason in facts.migration.blocked_reasons:
-            yield Blocker(f"QEMU cannot save this machine: {reason}", "remove that device")
+            yield Blocker(
+                f"QEMU cannot save this machine: {reason}",
+                "remove that device, or snapshot the disks alone (--machine-state none)",
+            )
         if facts.migration.status in ("active", "setup", "device", "cancelling"):
             yield Blocker("a migration is under way", "wait for it or cancel it")
         for name, usual in _MUST_BE.items():
@@ -161,9 +208,6 @@ def _method_blockers(
 _MUST_BE: Mapping[str, str] = {"tls-creds": "", "mode": "normal"}
 """Migration parameters that make a save to a file fail, or stop the guest (qapi/migration.json)."""
 
-_WRITTEN_BY_OTHERS = ("vhost-user-", "ivshmem-")
-"""Devices whose backends write to guest RAM from other processes, past its write protection."""
-
 _USE_PAUSED = "or accept a long pause with --method paused"
 
 
@@ -180,12 +224,6 @@ def _live_blockers(facts: Facts, method: WindowMethod) -> Iterator[Blocker]:
         )
     for reason in facts.memory_backends:
         yield Blocker(reason, f"use anonymous memory, memfd or a file on tmpfs, {_USE_PAUSED}")
-    for device in facts.topology.devices:
-        if device.partition("=")[2].startswith(_WRITTEN_BY_OTHERS):
-            yield Blocker(
-                f"the RAM behind the device {device!r} is written by another process, unnoticed",
-                f"take the device out, {_USE_PAUSED}",
-            )
     if method == "live-storage-first" and facts.run_state != "running":
         yield Blocker(
             "this QEMU would let the paused guest run after a live snapshot",

@@ -11,6 +11,7 @@ from calotype.model import names
 from calotype.model.snapshot import StorageKind
 from calotype.model.vm import DiskFacts, Facts, Image, MigrationFacts, VmRecord
 from calotype.plan.blockers import blockers
+from calotype.plan.kinds import Kind, kind_of
 from calotype.plan.steps import (
     AwaitSave,
     CloseState,
@@ -152,8 +153,18 @@ def _warnings(facts: Facts, disks: tuple[DiskPlan, ...], method: WindowMethod) -
             )
         if disk.kind == "skip" and disk.index >= 0:
             yield f"disk {disk.disk!r} is skipped: a restored guest finds it as it is then"
+    for device in facts.topology.devices:
+        kind = kind_of("device", device.partition("=")[2])
+        if kind is not None and _is_left_out(kind, method):
+            yield f"the device {device} is no part of the snapshot: {kind.reason}"
     if method == "storage-only" and facts.run_state == "running":
         yield "without the machine state the disks are what a power failure would leave"
+
+
+def _is_left_out(kind: Kind, method: WindowMethod) -> bool:
+    """Whether what a device holds will be missing, and is not in the way for all that."""
+    alone = kind.treatment == "saved with state" and method == "storage-only"
+    return alone or kind.treatment == "warned of"
 
 
 # --- estimate ------------------------------------------------------------------------------------
@@ -259,7 +270,7 @@ def _actions(facts: Facts, disks: tuple[DiskPlan, ...], snapshot: str) -> Iterat
                 merge_job=names.merge_job(snapshot, disk.index),
             )
         elif plan.kind == "internal":
-            yield SnapshotInside(disk.node, names.internal_name(snapshot), disk.image)
+            yield SnapshotInside(disk.root, names.internal_name(snapshot), disk.image)
 
 
 def _fdset(snapshot: str) -> int:

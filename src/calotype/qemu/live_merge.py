@@ -13,17 +13,17 @@ import asyncio
 import contextlib
 import itertools
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from calotype.errors import ConflictError, QemuError
 from calotype.model.vm import Image
+from calotype.plan.kinds import IMAGES, treatment
+from calotype.qemu.blocks import Blocks, children, files, image_node, read_blocks, root
 from calotype.qemu.monitor import LAST_WORDS, CommandRefused, Monitor
-from calotype.qemu.observe import DISK_DRIVERS, Blocks, _blocks, _files, _root
 from calotype.qemu.offline_merge import Share
 
 _POLL_S = 0.02
-_OF_JOBS = ("commit_top", "mirror_top")
-"""What a job puts between images while it is under way."""
 
 
 class Node(NamedTuple):
@@ -39,7 +39,9 @@ class Open(NamedTuple):
 
     files: frozenset[str]
     chains: tuple[tuple[Node, ...], ...]
-    """For each device that is written to: its nodes, top first."""
+    """For each device that is written to: the nodes of its images, top first."""
+    roots: Mapping[str, str]
+    """Node of the top image -> the node that the device is on, above its filters."""
     busy: tuple[str, ...]
     """Jobs that are under way, and bitmaps: what a merge would disturb, in words."""
 
@@ -60,18 +62,22 @@ class Open(NamedTuple):
 
 async def look(monitor: Monitor) -> Open:
     """See which images QEMU has open."""
-    blocks = await _blocks(monitor)
-    files = {name: os.path.realpath(path) for name, path in _files(blocks).items()}
+    blocks = await read_blocks(monitor)
+    where = {name: os.path.realpath(path) for name, path in files(blocks).items()}
     backends = [
         backend
         for backend in blocks.backends
         if backend.get("inserted") and not backend["inserted"]["ro"]
     ]
+    chains = tuple(tuple(_chain(image_node(blocks, each), blocks, where)) for each in backends)
     jobs = await monitor.execute("query-jobs")
     bitmaps = [node for node in blocks.nodes if node.get("dirty-bitmaps")]
     return Open(
-        files=frozenset(files.values()),
-        chains=tuple(tuple(_chain(_root(backend), blocks, files)) for backend in backends),
+        files=frozenset(where.values()),
+        chains=chains,
+        roots={
+            chain[0].name: root(each) for chain, each in zip(chains, backends, strict=True) if chain
+        },
         busy=(
             *(f"the job {job['id']!r} is under way" for job in jobs),
             *(f"node {node['node-name']!r} has a dirty bitmap" for node in bitmaps),
@@ -79,26 +85,21 @@ async def look(monitor: Monitor) -> Open:
     )
 
 
-def _chain(root: str, blocks: Blocks, files: dict[str, str]) -> list[Node]:
-    names = {node["id"]: node["name"] for node in blocks.graph["nodes"]}
-    below = {
-        names[edge["parent"]]: names[edge["child"]]
-        for edge in blocks.graph["edges"]
-        if edge["name"] == "backing"
-    }
+def _chain(top: dict[str, Any], blocks: Blocks, where: dict[str, str]) -> list[Node]:
+    below = children(blocks, "backing")
     drivers = {node["node-name"]: node["drv"] for node in blocks.nodes}
     chain: list[Node] = []
-    name: str | None = root
+    name: str | None = top["node-name"]
     while name is not None:
-        if drivers[name] not in _OF_JOBS:
-            chain.append(Node(name, files[name], drivers[name]))
+        if treatment("node", drivers[name]) != "job":
+            chain.append(Node(name, where[name], drivers[name]))
         name = below.get(name)
     return chain
 
 
 def is_plain(chain: tuple[Node, ...]) -> bool:
     """Whether a chain holds images and nothing between them."""
-    return all(node.driver in DISK_DRIVERS for node in chain)
+    return all(treatment("node", node.driver) in IMAGES for node in chain)
 
 
 async def status(monitor: Monitor, job: str) -> str | None:
@@ -114,12 +115,13 @@ async def begin(monitor: Monitor, job: str, top: Image, base: Image) -> None:
         ConflictError: QEMU does not have the one on the other.
         QemuError: QEMU refused.
     """
-    chains = (await look(monitor)).chains
+    found = await look(monitor)
     wanted = (os.path.realpath(top.path), os.path.realpath(base.path))
-    for chain in chains:
+    for chain in found.chains:
         for upper, lower in itertools.pairwise(chain):
             if (upper.path, lower.path) == wanted:
-                names = {"device": chain[0].name, "top-node": upper.name, "base-node": lower.name}
+                device = found.roots[chain[0].name]
+                names = {"device": device, "top-node": upper.name, "base-node": lower.name}
                 # QEMU takes the name for the file above; the top of all has none above
                 noted = {} if upper is chain[0] else {"backing-file": base.path}
                 job_words = {"job-id": job, "auto-dismiss": False}
@@ -203,8 +205,8 @@ async def close(monitor: Monitor, image: Image) -> None:
         QemuError: QEMU keeps it open.
     """
     for _ in ("its nodes", "the files of those, where they are nodes by themselves"):
-        blocks = await _blocks(monitor)
-        for name, path in _files(blocks).items():
+        blocks = await read_blocks(monitor)
+        for name, path in files(blocks).items():
             if os.path.realpath(path) == os.path.realpath(image.path):
                 with contextlib.suppress(CommandRefused):  # it is in use by another, or gone
                     await monitor.execute("blockdev-del", node_name=name)
@@ -219,10 +221,12 @@ async def delete_inside(monitor: Monitor, image: Image, internal_id: str, name: 
         ConflictError: The image is not at the top of a device.
         QemuError: QEMU refused.
     """
-    chain = (await look(monitor)).chain(image.path)
+    found = await look(monitor)
+    chain = found.chain(image.path)
     if not chain:
         raise ConflictError(
             f"the VM stands on {image.path}, which cannot be changed while it runs", "stop the VM"
         )
     command = "blockdev-snapshot-delete-internal-sync"
-    await monitor.execute(command, device=chain[0].name, id=internal_id, name=name)
+    device = found.roots[chain[0].name]
+    await monitor.execute(command, device=device, id=internal_id, name=name)

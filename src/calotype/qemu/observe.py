@@ -1,25 +1,28 @@
 """One look at a running VM: what QEMU says of itself, and what its files and its process say.
 
 It asks and changes nothing. What QEMU shows is joined with the definition by the image that each
-disk is known to be on, never by a node name: names of `-drive` nodes are new at every start. A
-writable node that belongs to no disk of the definition is a *stray*; the plan refuses it, by name.
+disk is known to be on, never by a node name: names of `-drive` nodes are new at every start. How a
+kind of node is treated stands in `plan/kinds.py`. A writable node that belongs to no disk of the
+definition, or is of a kind that cannot be frozen, is a *stray*; the plan refuses it, by name.
 """
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
-from blake3 import blake3
 
 from calotype.errors import QemuError
+from calotype.model.identity import Format
 from calotype.model.names import OURS
 from calotype.model.vm import (
     Bitmap,
     DiskFacts,
     DiskRecord,
+    Export,
     Facts,
     HostFacts,
     Image,
@@ -27,20 +30,28 @@ from calotype.model.vm import (
     MigrationFacts,
     Process,
     ReadOnlyDisk,
+    Stray,
     Topology,
     VmRecord,
 )
+from calotype.plan.kinds import IMAGES, kind_of, treatment
 from calotype.qemu import process
+from calotype.qemu.blocks import (
+    Blocks,
+    below,
+    digest,
+    edges,
+    files,
+    filters,
+    image_node,
+    read_blocks,
+    root,
+)
 from calotype.qemu.monitor import CommandRefused, Monitor
 from calotype.store import images
 
-DISK_DRIVERS = frozenset({"qcow2", "raw"})
-"""What may stand at the top of a disk; filters and other formats are strays, by name."""
-
-HARMLESS_DRIVERS = frozenset({"null-co", "null-aio"})
-"""Writable, but nothing that is written to them is kept."""
-
-LIVE_BACKENDS = frozenset({"memory-backend-ram", "memory-backend-memfd"})
+_NETWORK = re.compile(r"^\s*(?:\\ )?(\S+): index=\d+,type=([\w-]+)", re.MULTILINE)
+"""A line of `info network`; QMP has none for it (net/net.c, hmp_info_network)."""
 
 
 async def observe(monitor: Monitor, record: VmRecord, qemu: Process, store: Path) -> Facts:
@@ -56,41 +67,47 @@ async def observe(monitor: Monitor, record: VmRecord, qemu: Process, store: Path
         QemuError: QEMU went away or does not answer.
         HostError: An image of the VM cannot be read.
     """
-    blocks = await _blocks(monitor)
+    blocks = await read_blocks(monitor)
     found = _join(record.disks, blocks)
     return Facts(
         version=await _version(monitor),
         run_state=(await monitor.execute("query-status"))["status"],
         topology=await observe_topology(monitor),
-        disks=tuple([await asyncio.to_thread(_disk, *joined) for joined in found]),
+        disks=tuple([await asyncio.to_thread(_disk, *each, blocks) for each in found]),
         read_only=tuple(_read_only(blocks)),
         strays=tuple(_strays(found, blocks)),
         block_jobs=tuple(job["device"] for job in await monitor.execute("query-block-jobs")),
         bitmaps=tuple(_bitmaps(blocks)),
+        exports=tuple(
+            Export(each["id"], each["type"], each["node-name"])
+            for each in await monitor.execute("query-block-exports")
+        ),
+        networks=await _networks(monitor),
         memory_backends=tuple([reason async for reason in _unprotectable(monitor)]),
         migration=await observe_migration(monitor),
         host=_host(qemu, store),
-        graph_digest=_digest(blocks),
+        graph_digest=digest(blocks),
     )
 
 
 async def observe_graph_digest(monitor: Monitor) -> str:
     """The digest of the block graph alone, to be compared as the last act before `stop`."""
-    return _digest(await _blocks(monitor))
+    return digest(await read_blocks(monitor))
 
 
 async def active_paths(monitor: Monitor) -> set[str]:
     """The image files that the guest's devices are on now, whether or not we know them."""
-    blocks = await _blocks(monitor)
-    files = _files(blocks)
-    return {files[_root(backend)] for backend in blocks.backends if backend.get("inserted")}
+    blocks = await read_blocks(monitor)
+    where = files(blocks)
+    return {where[root(backend)] for backend in blocks.backends if backend.get("inserted")}
 
 
 async def delete_inside(monitor: Monitor, image: Image, identity: str, name: str) -> None:
     """Delete an internal snapshot of an image that a device is on, by its id and its name."""
-    blocks = await _blocks(monitor)
-    for node, path in _files(blocks).items():
-        if path == image.path and node in {_root(backend) for backend in blocks.backends}:
+    blocks = await read_blocks(monitor)
+    roots = {root(backend) for backend in blocks.backends}
+    for node, path in files(blocks).items():
+        if path == image.path and node in roots:
             await monitor.execute(
                 "blockdev-snapshot-delete-internal-sync", device=node, id=identity, name=name
             )
@@ -98,42 +115,14 @@ async def delete_inside(monitor: Monitor, image: Image, identity: str, name: str
 
 async def sweep(monitor: Monitor) -> None:
     """Close nodes and descriptors of ours that nothing uses."""
-    blocks = await _blocks(monitor)
-    names = {node["id"]: node["name"] for node in blocks.graph["nodes"]}
-    children = {names[edge["child"]] for edge in blocks.graph["edges"]}
-    in_use = children | {_root(backend) for backend in blocks.backends}
+    blocks = await read_blocks(monitor)
+    in_use = {child for _, _, child in edges(blocks)} | {root(each) for each in blocks.backends}
     for node in blocks.nodes:
         if node["node-name"].startswith(OURS) and node["node-name"] not in in_use:
             await monitor.execute("blockdev-del", node_name=node["node-name"])
     for fdset in await monitor.execute("query-fdsets"):
         if any(each.get("opaque", "").startswith(OURS) for each in fdset["fds"]):
             await monitor.execute("remove-fd", fdset_id=fdset["fdset-id"])
-
-
-class Standing(NamedTuple):
-    """The node of an image that a device is on, and the node that it stands on."""
-
-    node: str
-    below: str
-    """"" where it stands on nothing."""
-
-
-async def find_standing(monitor: Monitor, path: str) -> Standing | None:
-    """Find the node of the image *path*, by the file and not by a name; None if no device is on it.
-
-    Nodes of `-drive` have a new name at each start.
-    """
-    blocks = await _blocks(monitor)
-    files = _files(blocks)
-    names = {node["id"]: node["name"] for node in blocks.graph["nodes"]}
-    below = {
-        names[edge["parent"]]: names[edge["child"]]
-        for edge in blocks.graph["edges"]
-        if edge["name"] == "backing"
-    }
-    roots = (_root(backend) for backend in blocks.backends if backend.get("inserted"))
-    found = next((root for root in roots if files[root] == path), None)
-    return None if found is None else Standing(found, below.get(found, ""))
 
 
 async def observe_topology(monitor: Monitor) -> Topology:
@@ -149,6 +138,7 @@ async def observe_topology(monitor: Monitor) -> Topology:
         memory_bytes=memory["base-memory"] + memory.get("plugged-memory", 0),
         cpus=tuple(cpus),
         devices=tuple([device async for device in _devices(monitor)]),
+        media=tuple(_media(await read_blocks(monitor))),
     )
 
 
@@ -158,7 +148,7 @@ async def name_disks(monitor: Monitor, disks: tuple[DiskRecord, ...]) -> tuple[D
     Raises:
         QemuError: QEMU does not hold a disk that the command line names.
     """
-    found = {disk.index: backend for disk, backend in _join(disks, await _blocks(monitor))}
+    found = {disk.index: backend for disk, backend in _join(disks, await read_blocks(monitor))}
     named = []
     for disk in disks:
         if disk.index not in found:
@@ -166,7 +156,7 @@ async def name_disks(monitor: Monitor, disks: tuple[DiskRecord, ...]) -> tuple[D
                 f"QEMU has no device on {disk.active.path}",
                 "give the disk a device (if=virtio, or -device ...,drive=...)",
             )
-        given = found[disk.index]["device"] or _root(found[disk.index])
+        given = found[disk.index]["device"] or root(found[disk.index])
         named.append(msgspec.structs.replace(disk, name=disk.name or given))
     return tuple(named)
 
@@ -176,27 +166,11 @@ async def name_disks(monitor: Monitor, disks: tuple[DiskRecord, ...]) -> tuple[D
 Joined = tuple[DiskRecord, Mapping[str, Any]]
 
 
-class Blocks(NamedTuple):
-    """QEMU's block layer, as three commands show it."""
-
-    nodes: list[dict[str, Any]]
-    backends: list[dict[str, Any]]
-    graph: dict[str, Any]
-
-
-async def _blocks(monitor: Monitor) -> Blocks:
-    return Blocks(
-        await monitor.execute("query-named-block-nodes", flat=True),
-        await monitor.execute("query-block"),
-        await monitor.execute("x-debug-query-block-graph"),
-    )
-
-
 def _join(disks: tuple[DiskRecord, ...], blocks: Blocks) -> list[Joined]:
     """Each disk of the definition with the block backend that holds its active image."""
-    files = _files(blocks)
+    where = files(blocks)
     by_image = {
-        os.path.realpath(files[_root(backend)]): backend
+        os.path.realpath(where[root(backend)]): backend
         for backend in blocks.backends
         if backend.get("inserted") and not backend["inserted"]["ro"]
     }
@@ -207,59 +181,20 @@ def _join(disks: tuple[DiskRecord, ...], blocks: Blocks) -> list[Joined]:
     ]
 
 
-def _files(blocks: Blocks) -> dict[str, str]:
-    """The file that each node's content is in: the name of the last node along `file`.
-
-    An upper node's own name will not do: that of an overlay is a `json:` one.
-    """
-    names = {node["id"]: node["name"] for node in blocks.graph["nodes"]}
-    below = {
-        names[edge["parent"]]: names[edge["child"]]
-        for edge in blocks.graph["edges"]
-        if edge["name"] == "file"
-    }
-    files = {node["node-name"]: node["file"] for node in blocks.nodes}
-
-    def last(name: str) -> str:
-        return last(below[name]) if name in below else files[name]
-
-    return {name: last(name) for name in files}
-
-
-def _root(backend: Mapping[str, Any]) -> str:
-    return str(backend.get("inserted", {}).get("node-name", ""))
-
-
-def _digest(blocks: Blocks) -> str:
-    """A digest of what stands on what, without sizes and without overlays that only wait open."""
-    attached = [
-        (backend["device"], backend.get("qdev"), _root(backend)) for backend in blocks.backends
-    ]
-    in_use = _below({root for _, _, root in attached}, blocks.graph)
-    ours = {node["node-name"] for node in blocks.nodes if node["node-name"].startswith(OURS)}
-    waiting = _below(ours - in_use, blocks.graph)
-    files = _files(blocks)
-    standing = [
-        (name, node["drv"], files[name], node["ro"])
-        for node in blocks.nodes
-        if (name := node["node-name"]) not in waiting
-    ]
-    return blake3(msgspec.json.encode([sorted(attached, key=str), sorted(standing)])).hexdigest()
-
-
-def _disk(disk: DiskRecord, backend: Mapping[str, Any]) -> DiskFacts:
+def _disk(disk: DiskRecord, backend: Mapping[str, Any], blocks: Blocks) -> DiskFacts:
     """What QEMU and the file system say of one disk; reads its metadata, blocks."""
-    inserted = backend["inserted"]
-    cache = inserted["cache"]
+    node = image_node(blocks, backend)
+    cache = node["cache"]
     path = Path(disk.active.path)
-    tables = images.read_metadata(path) if inserted["drv"] == "qcow2" else None
+    tables = images.read_metadata(path) if node["drv"] == "qcow2" else None
     return DiskFacts(
         index=disk.index,
         name=disk.name,
         qdev=backend.get("qdev", ""),
-        node=inserted["node-name"],
-        image=Image(disk.active.path, inserted["drv"]),
-        virtual_size_bytes=inserted["image"]["virtual-size"],
+        node=node["node-name"],
+        filters=filters(blocks, backend),
+        image=Image(disk.active.path, _format(node)),
+        virtual_size_bytes=node["image"]["virtual-size"],
         chain=tuple(image_chain(disk.active)),
         l2_tables=tables.l2_tables if tables else 0,
         cluster_bytes=1 << tables.header.cluster_bits if tables else 0,
@@ -269,10 +204,15 @@ def _disk(disk: DiskRecord, backend: Mapping[str, Any]) -> DiskFacts:
         mode=images.mode(path),
         cache_direct=cache["direct"],
         cache_no_flush=cache["no-flush"],
-        detect_zeroes=inserted["detect_zeroes"],
+        detect_zeroes=node["detect_zeroes"],
         may_hold_overlay=images.may_create_in(Path(disk.origin.path).parent),
         may_be_immutable=images.may_be_immutable(path),
     )
+
+
+def _format(node: Mapping[str, Any]) -> Format:
+    """How a node reads its image; a file by itself is a raw one. Other kinds are strays."""
+    return "qcow2" if node["drv"] == "qcow2" else "raw"
 
 
 def image_chain(image: Image) -> Iterator[ImageFacts]:
@@ -282,53 +222,63 @@ def image_chain(image: Image) -> Iterator[ImageFacts]:
 
 
 def _read_only(blocks: Blocks) -> Iterator[ReadOnlyDisk]:
-    files = _files(blocks)
+    where = files(blocks)
     for backend in blocks.backends:
         if backend.get("inserted") and backend["inserted"]["ro"]:
-            name = backend["device"] or _root(backend)
-            yield ReadOnlyDisk(name, files[_root(backend)], _read_only_image(backend, files))
+            name, path = backend["device"] or root(backend), where[root(backend)]
+            yield ReadOnlyDisk(name, path, _read_only_image(image_node(blocks, backend), path))
 
 
-def _read_only_image(backend: Mapping[str, Any], files: Mapping[str, str]) -> ImageFacts | None:
+def _read_only_image(node: Mapping[str, Any], file: str) -> ImageFacts | None:
     """Who a read-only image is; None where it is nothing of this host, or of another format.
 
     The name that QEMU has for what is no file is none of a file: `json:{...}`, `nbd://...`.
     """
-    path, format_ = Path(files[_root(backend)]), backend["inserted"]["drv"]
-    if format_ not in DISK_DRIVERS or not (path.is_file() or path.is_block_device()):
+    path, format_ = Path(file), _format(node)
+    if treatment("node", node["drv"]) not in IMAGES:
+        return None
+    if not (path.is_file() or path.is_block_device()):
         return None
     return ImageFacts(str(path), format_, images.identify(path, format_))
 
 
-def _strays(found: list[Joined], blocks: Blocks) -> Iterator[str]:
-    """Writable storage that no disk of the definition accounts for."""
-    accounted = _below({_root(backend) for _, backend in found}, blocks.graph)
-    users = {
-        _root(backend): backend["device"] or backend.get("qdev") for backend in blocks.backends
-    }
-    for disk, backend in found:
-        if backend["inserted"]["drv"] not in DISK_DRIVERS:
-            yield f"disk {disk.name!r} has a {backend['inserted']['drv']!r} node at its top"
-    named = {node["id"]: node["name"] for node in blocks.graph["nodes"]}
-    for edge in blocks.graph["edges"]:
-        if named[edge["parent"]] in accounted and edge["name"] not in ("file", "backing"):
-            yield f"node {named[edge['parent']]!r} keeps data in another file ({edge['name']})"
+def _media(blocks: Blocks) -> Iterator[str]:
+    """`device=file` of each read-only medium that is in a drive; an empty drive has none."""
+    where = files(blocks)
+    for backend in blocks.backends:
+        if backend.get("qdev") and backend.get("inserted") and backend["inserted"]["ro"]:
+            yield f"{backend['qdev']}={where[root(backend)]}"
+
+
+def _strays(found: list[Joined], blocks: Blocks) -> Iterator[Stray]:
+    """Writable storage that no disk of the definition accounts for, or that is of no known kind."""
+    roots = {root(backend) for _, backend in found}
+    accounted = below(roots, blocks)
+    users = {root(backend): backend["device"] or backend.get("qdev") for backend in blocks.backends}
+    for parent, role, _ in edges(blocks):
+        if parent in accounted and role not in ("file", "backing"):
+            yield Stray(f"node {parent!r} keeps data in another file ({role})")
     for node in blocks.nodes:
-        name = node["node-name"]
-        if not node["ro"] and name not in accounted and node["drv"] not in HARMLESS_DRIVERS:
+        name, driver = node["node-name"], node["drv"]
+        if node["ro"] or treatment("node", driver) in ("empty", "job"):
+            continue
+        if treatment("node", driver) == "blocks":
+            yield _unfit(node, users.get(name))
+        elif name not in accounted:
             user = f" of {users[name]!r}" if users.get(name) else ""
-            yield f"writable node {name!r}{user} on {node['file']!r} is no disk of the definition"
+            yield Stray(
+                f"writable node {name!r}{user} on {node['file']!r} is no disk of the definition"
+            )
 
 
-def _below(roots: set[str], graph: Mapping[str, Any]) -> set[str]:
-    """The nodes in *roots* and all that they stand on."""
-    names = {node["id"]: node["name"] for node in graph["nodes"]}
-    edges = [(names[edge["parent"]], names[edge["child"]]) for edge in graph["edges"]]
-    reached, fresh = set(roots), set(roots)
-    while fresh:
-        fresh = {child for parent, child in edges if parent in fresh} - reached
-        reached |= fresh
-    return reached
+def _unfit(node: Mapping[str, Any], user: str | None) -> Stray:
+    """A writable node of a kind that cannot be frozen, or of one that nobody has heard of."""
+    name, driver = node["node-name"], node["drv"]
+    of_whom = f" of {user!r}" if user else ""
+    kind = kind_of("node", driver)
+    if kind is None:
+        return Stray(f"node {name!r}{of_whom} is of the kind {driver!r}, which is not known here")
+    return Stray(f"node {name!r}{of_whom} is {driver!r}: {kind.reason}", kind.remedy)
 
 
 def _bitmaps(blocks: Blocks) -> Iterator[Bitmap]:
@@ -353,15 +303,21 @@ async def _devices(monitor: Monitor) -> AsyncIterator[str]:
                 yield f"{child['name']}={child['type'].removeprefix('child<').removesuffix('>')}"
 
 
+async def _networks(monitor: Monitor) -> tuple[str, ...]:
+    """`name=type` of each end of a network, the guest's and the host's."""
+    said = await monitor.execute("human-monitor-command", command_line="info network")
+    return tuple(f"{name}={kind}" for name, kind in _NETWORK.findall(said))
+
+
 async def _unprotectable(monitor: Monitor) -> AsyncIterator[str]:
     """Each memory backend that a live snapshot cannot protect, in words."""
     for backend in await monitor.execute("query-memdev"):
         path = f"/objects/{backend['id']}" if backend.get("id") else ""
         kind = await _property(monitor, path, "type") if path else ""
-        if not kind or kind in LIVE_BACKENDS:
+        if not kind or treatment("memory", kind) == "saved":
             continue
         file = str(await _property(monitor, path, "mem-path"))
-        if kind != "memory-backend-file" or not images.is_on_tmpfs(Path(file)):
+        if treatment("memory", kind) != "on tmpfs" or not images.is_on_tmpfs(Path(file)):
             yield f"memory backend {backend['id']!r} ({kind} on {file!r}) cannot be protected"
 
 

@@ -30,7 +30,7 @@ from calotype.cli.output import UNDONE, report_error, run_async, size
 from calotype.engine import operations
 from calotype.errors import FAMILIES, CalotypeError, InterruptError, QemuError
 from calotype.model.snapshot import Manifest, Timings
-from calotype.model.vm import Image, Process, VmRecord
+from calotype.model.vm import Image, Process, Stray, VmRecord
 from calotype.plan.take import plan_take
 from calotype.plan.take_plan import TakePlan, TakeRequest
 from calotype.store import images
@@ -472,7 +472,7 @@ def test_what_was_taken_is_told(
 
 @pytest.mark.parametrize(
     ("facts", "code"),
-    [(make_facts(), 0), (make_facts(block_jobs=("mirror0",), strays=("a stray",)), 4)],
+    [(make_facts(), 0), (make_facts(block_jobs=("mirror0",), strays=(Stray("a stray"),)), 4)],
 )
 def test_a_plan_says_all_and_ends_with_whether_it_can_be_carried_out(
     monkeypatch: pytest.MonkeyPatch, calotype: Calotype, facts: Any, code: int
@@ -501,7 +501,7 @@ def test_a_plan_that_is_blocked_is_told_with_its_error(
     monkeypatch: pytest.MonkeyPatch, calotype: Calotype
 ) -> None:
     async def plan_only(*_: Any) -> TakePlan:
-        facts = make_facts(block_jobs=("mirror0",), strays=("a stray",))
+        facts = make_facts(block_jobs=("mirror0",), strays=(Stray("a stray"),))
         return plan_take(facts, make_record(), TakeRequest(), SNAPSHOT)
 
     monkeypatch.setattr(operations, "plan_only", plan_only)

@@ -104,6 +104,29 @@ ONE_DISK: dict[str, tuple[tuple[str, ...], DiskArgument]] = {
         ("-blockdev", "driver=file,node-name=d0,filename=a.raw,aio=native"),
         disk("/vm/a.raw", "raw", name="d0", interface="none"),
     ),
+    "limits": (
+        ("-drive", "file=a.raw,iops_rd=1,bps_max=2,throttling.iops-total-max-length=3,group=g"),
+        disk("/vm/a.raw"),
+    ),
+    "JSON in a file name": (
+        ("-hda", 'json:{"driver": "qcow2", "file": {"driver": "file", "filename": "a,b"}}'),
+        disk("/vm/a,b", "qcow2"),
+    ),
+    "below a filter": (
+        (
+            "-blockdev", "throttle,node-name=t,throttle-group=g,file=c",
+            "-blockdev", "copy-on-read,node-name=c,file=d0",
+            "-blockdev", "qcow2,node-name=d0,file.driver=file,file.filename=a.qcow2",
+        ),
+        disk("/vm/a.qcow2", "qcow2", name="d0", interface="none"),
+    ),
+    "bare below a filter": (
+        (
+            "-blockdev", "file,node-name=d0,filename=a.raw",
+            "-blockdev", "throttle,node-name=t,throttle-group=g,file=d0",
+        ),
+        disk("/vm/a.raw", "raw", name="d0", interface="none"),
+    ),
     "read-only chain": (
         (
             "-blockdev", "file,node-name=f,filename=base",
@@ -154,7 +177,11 @@ def test_disks_are_counted_in_the_order_of_the_line() -> None:
 INLINE = "qcow2,node-name=d0,file.driver=file,file.filename=a"
 REFUSED = [
     (("-hda", "nbd:localhost:10809"), "'nbd:' as a protocol"),
-    (("-hda", "json:{}"), "'json:' as a protocol"),
+    (("-hda", "json:{}"), "names no file"),
+    (("-hda", "json:{"), "JSON"),
+    (("-hda", 'json:{"driver": "qcow2", "file": "f0"}'), "the node 'f0' is below it"),
+    (("-hda", 'json:{"driver": "file", "filename": "a"}'), "names no file"),
+    (("-hda", 'json:{"driver": "nbd", "file": {"filename": "a"}}'), "driver 'nbd'"),
     (("-hda", "fat:rw:dir"), "'fat:' as a protocol"),
     (("-hda", "file:a"), "'file:' as a protocol"),
     (("a:b",), "'a:' as a protocol"),
@@ -173,8 +200,8 @@ REFUSED = [
     (drive("file=a,snapshot=on"), "snapshot: the disk's writes"),
     (drive("file=a,snapshot=on,readonly=on"), "snapshot: the disk's writes"),
     (drive("file=a,copy-on-read=on"), "copy-on-read"),
-    (drive("file=a,throttling.bps-total=1"), "limits"),
-    (drive("file=a,iops_rd=1"), "limits"),
+    (drive("file=a,throttling.bps-all=1"), "does not know throttling.bps-all"),
+    (node(f"{INLINE},throttling.iops-total=1"), "does not know throttling.iops-total"),
     (drive("file=a,backing.file.filename=b"), "read from the image"),
     (drive("file=a,backing=b"), "read from the image"),
     (drive("file=a,encrypt.key-secret=s"), "encrypted"),
@@ -182,8 +209,12 @@ REFUSED = [
     (drive("file=a,data-file.filename=b"), "two files"),
     (drive("file=a,stats-intervals.0=1"), "does not know stats-intervals.0"),
     (drive("file=a,file.cookie=1"), "does not know file.cookie"),
-    (node("throttle,node-name=t,throttle-group=g,file=d0"), "driver 'throttle'"),
-    (node("copy-on-read,node-name=t,file.driver=raw"), "driver 'copy-on-read'"),
+    (node("throttle,node-name=t,throttle-group=g,file=d0"), "no -blockdev of its own"),
+    (node("copy-on-read,node-name=t,file.driver=raw"), "no -blockdev of its own"),
+    ((*node(INLINE), *node("copy-on-read,node-name=t,file=d0,bottom=b")), "does not know bottom"),
+    ((*node(INLINE), *node("copy-on-read,file=d0"), *node("copy-on-read,file=d0")),
+     "more than one node stands on 'd0'"),
+    (node("preallocate,node-name=t,file=d0"), "driver 'preallocate'"),
     (node("nbd,node-name=d,server.type=inet"), "driver 'nbd'"),
     (node("raw,node-name=d,file.driver=nbd"), "driver 'nbd'"),
     (node("raw,node-name=d,file.driver=qcow2,file.file.filename=a"), "driver 'qcow2'"),

@@ -26,7 +26,16 @@ from builders import (
 )
 from calotype.model import names
 from calotype.model.snapshot import StorageKind
-from calotype.model.vm import Bitmap, DiskFacts, Facts, Image, ReadOnlyDisk, VmRecord
+from calotype.model.vm import (
+    Bitmap,
+    DiskFacts,
+    Export,
+    Facts,
+    Image,
+    ReadOnlyDisk,
+    Stray,
+    VmRecord,
+)
 from calotype.plan import blockers, take
 from calotype.plan.steps import (
     AwaitSave,
@@ -168,7 +177,7 @@ def test_read_only_storage_is_skipped_with_the_reason_and_without_a_warning() ->
 
 def written_by_others(case: Case) -> Case:
     """A device whose backend is another process, there since the start."""
-    topology = replace(case.facts.topology, devices=("fs=vhost-user-fs-pci",))
+    topology = replace(case.facts.topology, devices=("fs=vhost-user-gpu-pci",))
     return case._replace(
         facts=replace(case.facts, topology=topology), record=replace(case.record, topology=topology)
     )
@@ -201,7 +210,26 @@ INDEPENDENT: dict[str, tuple[Change, str, str]] = {
         "set it back to ''",
     ),
     "memory resized": (of_topology(memory_bytes=2 * GIB), "memory was resized", "set it back"),
-    "stray": (seen(strays=("writable node 'x' on 'y'",)), "writable node 'x'", "take it out"),
+    "stray": (
+        seen(strays=(Stray("writable node 'x' on 'y'"),)),
+        "writable node 'x'",
+        "take it out",
+    ),
+    "export": (
+        seen(exports=(Export("e0", "nbd", "#block0"),)),
+        "the export 'e0' of node '#block0' (nbd): its clients",
+        "block-export-del",
+    ),
+    "network": (
+        seen(networks=("n0=vhost-user", "n1=user", "n2=unheard-of")),
+        "the network n0=vhost-user: RAM is written by another process",
+        "use another -netdev, or accept a long pause with --method paused",
+    ),
+    "another CD": (
+        of_topology(media=("ide2-cd0=/vm/cd.iso",)),
+        "the medium '/vm/cd.iso' was put into 'ide2-cd0' since",
+        "start the VM with the medium",
+    ),
     "block job": (seen(block_jobs=("mirror0",)), "the block job 'mirror0'", "wait for it"),
     "bitmap": (
         seen(bitmaps=(Bitmap("#block0", "backup"),)),
@@ -278,7 +306,7 @@ ALONE: dict[str, tuple[Change, str, str]] = {
     ),
     "RAM that others write": (
         written_by_others,
-        "the RAM behind the device 'fs=vhost-user-fs-pci' is written by another process",
+        "the device fs=vhost-user-gpu-pci: the RAM behind it is written by another process",
         "take the device out, or accept a long pause with --method paused",
     ),
     "every disk skipped": (
@@ -856,7 +884,7 @@ def anything(draw: st.DrawFn) -> tuple[Facts, VmRecord]:
         run_state=draw(st.sampled_from(["running", "paused", "prelaunch", "io-error", ""])),
         topology=topology,
         read_only=tuple(ReadOnlyDisk(name, "/vm/cd.iso") for name in draw(words)),
-        strays=draw(words),
+        strays=tuple(Stray(word) for word in draw(words)),
         block_jobs=draw(words),
         bitmaps=tuple(Bitmap("#block0", name) for name in draw(words)),
         memory_backends=draw(words),

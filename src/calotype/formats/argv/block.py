@@ -47,11 +47,34 @@ PROTOCOL_KEYS: frozenset[str] = frozenset({
 })  # fmt: skip
 """The keys that only files and block devices have; all others may stay on the format node."""
 
+_SHORT_WAYS = {"total": "", "read": "_rd", "write": "_wr"}
 _NODE_KEYS = frozenset({
     "active", "auto-read-only", "cache.direct", "cache.no-flush", "detect-zeroes", "discard",
     "driver", "force-share", "node-name", "read-only",
 })  # fmt: skip
-_DRIVE_KEYS = _NODE_KEYS | {
+LIMIT_KEYS: frozenset[str] = frozenset({"group", "iops_size", "throttling.group"}) | {
+    key
+    for unit in ("bps", "iops")
+    for way in ("total", "read", "write")
+    for key in (
+        f"{unit}{_SHORT_WAYS[way]}",
+        f"{unit}{_SHORT_WAYS[way]}_max",
+        f"{unit}{_SHORT_WAYS[way]}_max_length",
+        f"throttling.{unit}-{way}",
+        f"throttling.{unit}-{way}-max",
+        f"throttling.{unit}-{way}-max-length",
+        "throttling.iops-size",
+    )
+}
+"""The limits of a -drive: they belong to the device's side and stay, whatever the image."""
+
+FILTER_KEYS: dict[str, frozenset[str]] = {
+    "throttle": _NODE_KEYS | {"file", "throttle-group"},
+    "copy-on-read": _NODE_KEYS | {"file"},
+}
+"""Filter that an overlay passes below -> the keys that its -blockdev may have."""
+
+_DRIVE_KEYS = _NODE_KEYS | LIMIT_KEYS | {
     "aio", "bus", "cache", "cache.writeback", "copy-on-read", "file", "format", "id", "if",
     "index", "media", "readonly", "rerror", "snapshot", "stats-account-failed",
     "stats-account-invalid", "unit", "werror",
@@ -65,20 +88,13 @@ KNOWN_KEYS: dict[str, frozenset[str]] = {
 }
 """What the options belong to -> the keys that a writable disk may have there, of any format."""
 
-_LIMITS = "limits are not carried over to the disk of a restored VM"
 _REASONS: dict[str, str] = {
     "backing": "what an image stands on is read from the image itself",
     "data-file": "an image in two files cannot be frozen as one",
-    "encrypt": "encrypted images are not supported",
+    "encrypt": "encrypted images are not supported: an overlay would hold the guest's writes in"
+    " the clear",
     "offset": "a part of a file cannot be frozen on its own",
     "size": "a part of a file cannot be frozen on its own",
-    "throttling": _LIMITS,
-    "group": _LIMITS,
-} | {
-    f"{unit}{way}{most}": _LIMITS
-    for unit in ("bps", "iops")
-    for way in ("", "_rd", "_wr", "_size")
-    for most in ("", "_max")
 }
 _SWITCHES: dict[str, str] = {
     "copy-on-read": "the image would be written to behind the guest's back",

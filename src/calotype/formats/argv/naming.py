@@ -5,7 +5,9 @@ QEMU has two ways to say "this image is a disk":
     -drive file=f,if=...    nodes and the place to plug them in; -hda and others are short for it
     -blockdev driver=...    one node; devices refer to it by its node-name
 
-A -blockdev node is a disk if no other node of the command line stands on it. Three shapes count:
+A -blockdev node is a disk if no other node of the command line stands on it, filters aside: one
+(throttle, copy-on-read) stays where it is, and the image is the -blockdev that is its file. Three
+shapes count:
 
     inline    driver=qcow2,file.driver=file,file.filename=f         one argument
     split     driver=file,filename=f  +  driver=qcow2,file=NAME     two, in any order
@@ -27,7 +29,7 @@ from calotype.formats.argv import block
 from calotype.formats.argv.line import Argument, CommandLine
 from calotype.formats.argv.refusals import refuse_hidden_disks
 from calotype.formats.argv.syntax import leaves
-from calotype.formats.options import text_of
+from calotype.formats.options import flatten, parse_nested, text_of
 
 _FORMATS = frozenset(block.FORMAT_KEYS)
 _REFERENCES = frozenset({"backing", "data-file", "file"})
@@ -97,10 +99,34 @@ def namings(command: CommandLine) -> tuple[Naming, ...]:
 
 
 def drive_options(argument: Argument) -> dict[str, Any]:
-    """Give the keys of a -drive, or of the -drive that a shorthand stands for."""
-    if argument.option == "drive":
-        return leaves(argument)
-    return {"file": argument.text} | block.SHORTHANDS[argument.option]
+    """Give the keys of a -drive, or of the -drive that a shorthand stands for.
+
+    A file name of `json:{...}` is written out: it holds the same keys, and those beside it go
+    before its own (block.c, parse_json_protocol).
+
+    Raises:
+        CommandLineError: It is not in the option's grammar.
+    """
+    given = (
+        leaves(argument)
+        if argument.option == "drive"
+        else {"file": argument.text} | block.SHORTHANDS[argument.option]
+    )
+    name = text_of(given.get("file"))
+    if not name.startswith("json:"):
+        return given
+    inner = _in_json(argument, name.removeprefix("json:"))
+    return inner | {key: leaf for key, leaf in given.items() if key != "file"}
+
+
+def _in_json(argument: Argument, text: str) -> dict[str, Any]:
+    """The keys in a file name of `json:{...}`, flat."""
+    inner = flatten(parse_nested(text, None))
+    if isinstance(inner.get("file"), str):
+        raise argument.refused(f"the node '{inner['file']}' is below it", "use -blockdev for both")
+    if not inner.get("file.filename") and inner.get("driver") not in block.NULLS:
+        raise argument.refused("its JSON names no file", "name it (file.filename)")
+    return inner
 
 
 def _drive(argument: Argument, place: int) -> Naming | None:
@@ -131,16 +157,21 @@ class _Nodes:
         named = (at for at, options in self.options.items() if options.get("node-name") == name)
         return next(named, None)
 
-    def uses(self, name: str) -> int:
-        """How many nodes stand on the one called *name*."""
-        members = (member for options in self.options.values() for member in options.items())
+    def uses(self, name: str, *, filters: bool = False) -> int:
+        """How many nodes stand on the one called *name*: how many filters, or how many others."""
+        members = (
+            member
+            for options in self.options.values()
+            if (text_of(options.get("driver")) in block.FILTER_KEYS) is filters
+            for member in options.items()
+        )
         return sum(leaf == name and key.rpartition(".")[2] in _REFERENCES for key, leaf in members)
 
 
 def _node(nodes: _Nodes, place: int) -> Naming | None:
     argument, options = nodes.command.arguments[place], nodes.options[place]
     driver = text_of(options.get("driver"))
-    if driver in block.NULLS:
+    if _holds_nothing(nodes, place, driver):
         return None
     block.check_driver(argument, driver, _FORMATS | block.PROTOCOLS)
     if nodes.uses(text_of(options.get("node-name"))):
@@ -155,6 +186,24 @@ def _node(nodes: _Nodes, place: int) -> Naming | None:
         return None
     block.check_driver(argument, text_of(options.get("file.driver")), block.PROTOCOLS)
     return _held(argument, Naming(place, options, place, options, "file.filename"))
+
+
+def _holds_nothing(nodes: _Nodes, place: int, driver: str) -> bool:
+    """Whether a node is none of an image; a filter must stand, alone, on a -blockdev of its own."""
+    if driver not in block.FILTER_KEYS:
+        return driver in block.NULLS
+    argument, options = nodes.command.arguments[place], nodes.options[place]
+    name = options.get("file")
+    if not isinstance(name, str) or nodes.place_of(name) is None:
+        raise argument.refused(
+            f"the image below driver '{driver}' has no -blockdev of its own",
+            "define it as one, and name it here (file=NAME)",
+        )
+    if nodes.uses(name, filters=True) + nodes.uses(name) > 1:
+        raise argument.refused(f"more than one node stands on '{name}'", "give each its own")
+    for key in sorted(options.keys() - block.FILTER_KEYS[driver]):
+        raise argument.refused(f"Calotype does not know {key}", f"leave {key} out")
+    return True
 
 
 def _split(nodes: _Nodes, place: int) -> Naming | None:
