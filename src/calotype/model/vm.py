@@ -146,6 +146,8 @@ class HostFacts(Struct, frozen=True):
 
     write_tracking: bool
     """Whether the process may use userfaultfd write protection."""
+    may_unprotect: bool
+    """Whether we may take such protection off it from outside (pidfd_getfd)."""
     store_free_bytes: int
     resident_bytes: int
     """Resident memory of the QEMU process."""

@@ -13,6 +13,7 @@ from calotype.plan.take_plan import (
     DiskPlan,
     Estimate,
     TakeRequest,
+    forgets_protection,
     is_live,
 )
 from calotype.plan.window import WindowMethod
@@ -170,6 +171,12 @@ def _live_blockers(facts: Facts, method: WindowMethod) -> Iterator[Blocker]:
             "the QEMU process may not protect its own memory (userfaultfd)",
             "run it as root, give it CAP_SYS_PTRACE or access to /dev/userfaultfd, or set"
             f" vm.unprivileged_userfaultfd=1, {_USE_PAUSED}",
+        )
+    if forgets_protection(facts) and not facts.host.may_unprotect:
+        yield Blocker(
+            "if the save failed, this QEMU's guest would stand still for ever, and it is not ours"
+            " to mend (ptrace)",
+            f"run Calotype as root or with CAP_SYS_PTRACE, use QEMU 8.1 or newer, {_USE_PAUSED}",
         )
     for reason in facts.memory_backends:
         yield Blocker(reason, f"use anonymous memory, memfd or a file on tmpfs, {_USE_PAUSED}")

@@ -43,17 +43,24 @@ class Post:
         """
         await self._hear(guard.READY)
 
-    async def arm(self, limit_s: float, switch: Switch | None = None) -> None:
+    async def arm(
+        self, limit_s: float, switch: Switch | None = None, *, forgetful: int | None = None
+    ) -> None:
         """Begin its watch; returns when it has begun.
 
         Args:
             limit_s: After how long it acts.
             switch: The switch of images that is made in the pause.
+            forgetful: The process whose memory a save that is ended leaves protected.
 
         Raises:
             HostError: It does not answer: then the guest must not be stopped.
         """
-        orders = {"seconds": limit_s, "switch": switch._asdict() if switch else None}
+        orders = {
+            "seconds": limit_s,
+            "switch": switch._asdict() if switch else None,
+            "forgetful": forgetful,
+        }
         await self._say(guard.ARM + json.dumps(orders).encode() + b"\n")
         await self._hear(guard.ARMED)
 

@@ -390,6 +390,7 @@ def _host(qemu: Process, store: Path) -> HostFacts:
     memory = process.memory(qemu.pid)
     return HostFacts(
         write_tracking=process.may_protect_memory(qemu.pid),
+        may_unprotect=process.may_unprotect_memory(qemu.pid),
         store_free_bytes=images.free_bytes(store),
         resident_bytes=memory.resident_bytes,
         huge_bytes=memory.huge_bytes,

@@ -291,6 +291,11 @@ ALONE: dict[str, tuple[Change, str, str]] = {
         "would let the paused guest run",
         "let it run first",
     ),
+    "old, forgetful, and not ours to mend": (
+        both(of_migration(capabilities=OLD), of_host(may_unprotect=False)),
+        "this QEMU's guest would stand still for ever",
+        "QEMU 8.1 or newer, or accept a long pause with --method paused",
+    ),
     "never let run": (seen(run_state="prelaunch"), "run state 'prelaunch'", "let it run first"),
     "saved by another": (seen(run_state="postmigrate"), "'postmigrate'", "let it run first"),
 }
@@ -298,6 +303,25 @@ ALONE: dict[str, tuple[Change, str, str]] = {
 
 def test_nothing_is_in_the_way_of_a_sound_vm() -> None:
     assert sound_case().plan().blockers == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        of_host(may_unprotect=False),
+        both(
+            of_migration(capabilities=OLD | {"switchover-ack": False}), of_host(may_unprotect=False)
+        ),
+        both(
+            of_migration(capabilities=OLD),
+            of_host(may_unprotect=False),
+            asked(method="paused", pause_limit_ms=1e6),
+        ),
+    ],
+    ids=["10", "8.1", "7.2, paused"],
+)
+def test_a_qemu_that_ends_its_own_saves_well_need_not_be_ours_to_mend(change: Change) -> None:
+    assert change(sound_case()).plan().blockers == ()
 
 
 @pytest.mark.parametrize("name", [*INDEPENDENT, *ALONE])
@@ -864,6 +888,7 @@ def anything(draw: st.DrawFn) -> tuple[Facts, VmRecord]:
         ),
         host=make_host(
             write_tracking=draw(st.booleans()),
+            may_unprotect=draw(st.booleans()),
             store_free_bytes=draw(size),
             resident_bytes=draw(size),
             huge_bytes=draw(size),
