@@ -146,6 +146,7 @@ def make_migration(**changes: Any) -> MigrationFacts:
         parameters={"max-bandwidth": 134217728, "downtime-limit": 300},
         status="none",
         blocked_reasons=(),
+        can_activate=True,
     )
     return _changed(migration, changes)
 

@@ -139,6 +139,8 @@ class MigrationFacts(Struct, frozen=True):
     parameters: dict[str, int | str | bool]
     status: str
     blocked_reasons: tuple[str, ...]
+    can_activate: bool
+    """Whether it makes images active again, after a migration, without letting the guest run."""
 
 
 class HostFacts(Struct, frozen=True):

@@ -46,7 +46,8 @@ def _request_blockers(facts: Facts, request: TakeRequest) -> Iterator[Blocker]:
     for disk in facts.disks:
         if len(asked := sorted(set(request.disks) & disk.labels)) > 1:
             yield Blocker(f"{' and '.join(asked)} are the same disk", "name it once")
-    if facts.run_state not in _CAN_BE_TAKEN[request.machine_state]:
+    is_given_away = facts.run_state == "postmigrate" and not facts.migration.can_activate
+    if facts.run_state not in _CAN_BE_TAKEN[request.machine_state] or is_given_away:
         yield Blocker(
             f"the VM is in run state {facts.run_state!r}",
             "let it run first: `calotype start NAME` does where it is paused",
@@ -60,7 +61,8 @@ _CAN_BE_TAKEN: Mapping[MachineStateKind, frozenset[str]] = {
 """The run states that a snapshot can be taken in.
 
 A save in `prelaunch` makes QEMU end itself (the transition to paused is none that it knows,
-system/runstate.c), and one in `postmigrate` it refuses.
+system/runstate.c), and one in `postmigrate` it refuses. There the images are inactive too: what was
+done to the disks can be undone only by a QEMU that makes them active while the guest stands still.
 """
 
 

@@ -383,7 +383,12 @@ async def _migration(monitor: Monitor) -> MigrationFacts:
         },
         status=state.get("status", "none"),
         blocked_reasons=tuple(state.get("blocked-reasons", ())),
+        can_activate=await _knows(monitor, "blockdev-set-active"),
     )
+
+
+async def _knows(monitor: Monitor, command: str) -> bool:
+    return command in {known["name"] for known in await monitor.execute("query-commands")}
 
 
 def _host(qemu: Process, store: Path) -> HostFacts:

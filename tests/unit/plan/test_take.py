@@ -385,6 +385,16 @@ def test_disks_alone_can_be_taken_in_any_run_state(state: str) -> None:
     assert plan_of(make_facts(run_state=state), request).blockers == ()
 
 
+def test_disks_that_could_not_be_put_back_are_not_taken() -> None:
+    """Who was migrated away writes to no image, unless QEMU makes them active again."""
+    request = TakeRequest(machine_state="none")
+    facts = make_facts(run_state="postmigrate", migration=make_migration(can_activate=False))
+    (blocker,) = plan_of(facts, request).blockers
+    assert blocker.problem == "the VM is in run state 'postmigrate'"
+    running = make_facts(migration=make_migration(can_activate=False))
+    assert plan_of(running, request).blockers == ()
+
+
 def test_a_vm_that_stands_still_is_saved_live_though_a_pause_was_allowed() -> None:
     request = TakeRequest(method="paused")
     assert plan_of(make_facts(run_state="paused"), request).method == "live"
@@ -885,6 +895,7 @@ def anything(draw: st.DrawFn) -> tuple[Facts, VmRecord]:
             ),
             status=draw(st.sampled_from(["none", "active", "completed", "wait-unplug"])),
             blocked_reasons=draw(words),
+            can_activate=draw(st.booleans()),
         ),
         host=make_host(
             write_tracking=draw(st.booleans()),
