@@ -1,6 +1,6 @@
 # Everything here works without a terminal and without standard input.
 #
-#   make setup     what is needed to work in this tree: QEMU, a kernel for test guests, .venv
+#   make setup     what is needed to work in this tree: QEMUs, a kernel for test guests, .venv
 #   make demo      a system snapshot and its restore, on a guest that would notice a fault
 #   make check     formatting, lint, types, layers and the quick tests: under a minute
 #   make test      check, and every other test, with real guests in a real QEMU

@@ -139,12 +139,15 @@ def make_record(disks: Iterable[DiskRecord] | None = None, **changes: Any) -> Vm
 
 def make_migration(**changes: Any) -> MigrationFacts:
     """QEMU 10, all capabilities off, nothing under way."""
-    capabilities = ("background-snapshot", "mapped-ram", "multifd", "postcopy-ram", "events")
+    capabilities = (
+        "background-snapshot", "mapped-ram", "multifd", "postcopy-ram", "switchover-ack", "events"
+    )  # fmt: skip
     migration = MigrationFacts(
         capabilities=dict.fromkeys(capabilities, False),
         parameters={"max-bandwidth": 134217728, "downtime-limit": 300},
         status="none",
         blocked_reasons=(),
+        can_activate=True,
     )
     return _changed(migration, changes)
 
@@ -169,6 +172,7 @@ def make_host(**changes: Any) -> HostFacts:
     """A host with room, and a QEMU that may protect its memory, 1 GiB on huge pages."""
     host = HostFacts(
         write_tracking=True,
+        may_unprotect=True,
         store_free_bytes=100 * GIB,
         resident_bytes=GIB,
         huge_bytes=GIB,

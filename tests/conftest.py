@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,36 @@ from crashing import DISKS, OPERATIONS, Done, Subject
 from refusing import machine_with_snapshots
 
 ROOT = Path(__file__).parent.parent
+DEPS = Path(os.environ.get("CALOTYPE_DEPS", ROOT / ".deps"))
 
 
 @pytest.fixture(scope="session")
 def built_witness() -> Witness:
     """The witness, built once for all sessions and workers."""
-    return witness(Path(os.environ.get("CALOTYPE_DEPS", ROOT / ".deps")) / "witness")
+    return witness(DEPS / "witness")
+
+
+@pytest.fixture(scope="session")
+def path_before() -> str:
+    """Where programs are found, whatever a test has put in front."""
+    return os.environ["PATH"]
+
+
+@pytest.fixture
+def qemu_7_2(monkeypatch: pytest.MonkeyPatch, path_before: str) -> None:
+    """Have QEMU 7.2 and its tools found before the system's own.
+
+    Where `scripts/setup` provides it, not to have it is a failure.
+    """
+    folder = Path(os.environ.get("CALOTYPE_QEMU_7_2", DEPS / "qemu-7.2" / "bin"))
+    program = folder / "qemu-system-x86_64"
+    if not program.exists():
+        is_debian = "\nID=debian\n" in Path("/etc/os-release").read_text()
+        missing = pytest.fail if is_debian else pytest.skip
+        missing(f"there is no {program}: `make setup` fetches it on Debian, and says why it cannot")
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    assert " 7.2." in said, said
+    monkeypatch.setenv("PATH", f"{folder}:{path_before}")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ not end it, and nothing but the standard library, so that it starts in a moment.
 
     owner                                   guard
       <----------------------------- READY    it has greeted QEMU
-      ARM {seconds, switch, handover} ---->   the deadline counts from here
+      ARM {seconds, what} ---------------->   the deadline counts from here
       <----------------------------- ARMED    only now does the owner stop the guest
       ... the pause ...
       STAND DOWN ------------------------->   the guest runs, or need not
@@ -27,17 +27,28 @@ In a *handover* (another QEMU takes the VM's place) it is the record again that 
 to run. If it names the images of the new one, the guard lets that run; else it ends it, hands back
 what had been handed over (acts of `model.acts`, as JSON), and lets the old one run.
 
+To end a live save of QEMU before 8.1 takes one thing more. A save that is cancelled or fails leaves
+the guest's memory write-protected there (mended in 8.1 by "migration: stop tracking ram writes when
+cancelling background migration"): the next write to a page that was not saved yet stands still for
+ever, the guest with it, and soon the monitor. The userfaultfd that the protection hangs on is left
+open in QEMU, so it can be borrowed from outside and the protection be taken off. A save that is
+still under way fails by that, because QEMU cannot un-protect what is not protected; so none whose
+pages changed too early is ever complete.
+
 Run as: python -m calotype.guard QMP-FD OWNER-FD [NEW-QMP-FD NEW-PID-FD]
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 READY, ARMED, STAND_DOWN = b"READY\n", b"ARMED\n", b"STAND DOWN\n"
@@ -50,6 +61,11 @@ STEADY = 8
 LOOK_S = 0.02
 
 _AT_REST = frozenset({"paused", "postmigrate", "finish-migrate", "prelaunch"})
+
+_PIDFD_GETFD = 438
+"""The system call's number, on every architecture that has one."""
+_UFFDIO_UNREGISTER, _UFFDIO_WAKE = 0x8010AA01, 0x8010AA02
+"""Source: linux/userfaultfd.h, _IOR(0xAA, 1 and 2, struct uffdio_range)."""
 
 
 class Qemu:
@@ -77,13 +93,18 @@ class Qemu:
 
 
 class Orders:
-    """What the owner wants: the deadline, and which switch of images the pause is for, if any."""
+    """What the owner wants, and when.
+
+    The deadline; which switch of images or which handover the pause is for, if any; the process
+    whose memory a save that is ended leaves protected, if one does.
+    """
 
     def __init__(self, words: bytes) -> None:
         told = json.loads(words.removeprefix(ARM))
         self.seconds = float(told["seconds"])
         self.switch: dict[str, str] | None = told["switch"]
         self.handover: dict[str, Any] | None = told["handover"]
+        self.forgetful: int | None = told["forgetful"]
 
 
 def watch(owner: socket.socket) -> Orders | None:
@@ -101,14 +122,16 @@ def watch(owner: socket.socket) -> Orders | None:
     return orders
 
 
-def rescue(qemu: Qemu, switch: dict[str, str] | None = None) -> None:
+def rescue(qemu: Qemu, switch: dict[str, str] | None = None, forgetful: int | None = None) -> None:
     """Let the guest run, and look until it surely does."""
     until = time.monotonic() + RESCUE_S
     steady = 0
+    mend(forgetful)
     qemu.ask("migrate_cancel")
     if switch is not None and is_recorded(switch):
         complete(qemu, switch["job"], until)
     while steady < STEADY and time.monotonic() < until:
+        mend(forgetful)
         status = qemu.ask("query-status") or {}
         steady = steady + 1 if status.get("running") else 0
         if status.get("status") in _AT_REST:
@@ -146,6 +169,74 @@ def hand_back(old: Qemu, act: dict[str, Any]) -> None:
             file.write(f"{act['pid']}\n")
 
 
+def mend(forgetful: int | None) -> None:
+    """Take the protection off that an ended save has left; without the right to, it stays."""
+    if forgetful is not None:
+        with contextlib.suppress(OSError):
+            unprotect(forgetful)
+
+
+def unprotect(pid: int) -> None:
+    """Take all write protection off a process's memory, and wake who waits for it.
+
+    Raises:
+        OSError: We may not look into that process, or it is gone.
+    """
+    ranges = [struct.pack("QQ", start, end - start) for start, end in protected(pid)]
+    for descriptor in userfaultfds(pid):
+        borrowed = borrow(pid, descriptor)
+        try:
+            for each in ranges:
+                with contextlib.suppress(OSError):  # it is another userfaultfd's
+                    fcntl.ioctl(borrowed, _UFFDIO_UNREGISTER, each)
+                    fcntl.ioctl(borrowed, _UFFDIO_WAKE, each)
+        finally:
+            os.close(borrowed)
+
+
+def protected(pid: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each mapping that is watched for writes (proc(5), smaps, `uw`)."""
+    start, end = 0, 0
+    with open(f"/proc/{pid}/smaps", encoding="ascii", errors="replace") as lines:  # noqa: PTH123
+        for line in lines:
+            first, *others = line.split()
+            if first == "VmFlags:" and "uw" in others:
+                yield start, end
+            elif "-" in first and not first.endswith(":"):
+                start, end = (int(bound, 16) for bound in first.split("-"))
+
+
+def userfaultfds(pid: int) -> list[int]:
+    """The userfaultfds that a process has open."""
+    folder = f"/proc/{pid}/fd"
+    found = []
+    for name in os.listdir(folder):  # noqa: PTH208 - as above
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(f"{folder}/{name}") == "anon_inode:[userfaultfd]":  # noqa: PTH115
+                found.append(int(name))
+    return found
+
+
+def borrow(pid: int, descriptor: int) -> int:
+    """Have a process's open file as one of ours (pidfd_getfd(2)).
+
+    Raises:
+        OSError: It takes the right to trace that process, and we do not have it.
+    """
+    import ctypes  # noqa: PLC0415 - it takes time to import, and is hardly ever needed
+
+    process = os.pidfd_open(pid)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        borrowed = int(libc.syscall(_PIDFD_GETFD, process, descriptor, 0))
+        if borrowed < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(process)
+    return borrowed
+
+
 def is_recorded(change: dict[str, Any]) -> bool:
     """Whether the record names the image that the guest is to go over to as the newest."""
     try:
@@ -180,7 +271,7 @@ def main() -> None:
             if orders is not None and orders.handover is not None:
                 take_side(qemu, new, new_fds[1], orders.handover)
             elif orders is not None:
-                rescue(qemu, orders.switch)
+                rescue(qemu, orders.switch, orders.forgetful)
 
 
 if __name__ == "__main__":

@@ -4,42 +4,15 @@ A dozen cells of the crash matrix with a Linux that writes to its disks all the 
 before the crash, after it, and while `recover` merged its overlays back must all be there.
 """
 
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 
 import pytest
 
-from calotype.testing.witness_vm import WitnessVm
+from witnessing import Boot, assert_sound, exit_code_at
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
 
-Boot = Callable[..., WitnessVm]
 KINDS = ("--disk", "virtio0=internal")
-
-
-def kill_at(vm: WitnessVm, moment: str, deed: str, *words: str) -> int:
-    struck = subprocess.run(
-        [sys.executable, "-m", "calotype.testing.crash", moment, deed, *words],
-        cwd=vm.folder,
-        env={**os.environ, "CALOTYPE_STORE": str(vm.store)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    return struck.returncode
-
-
-def assert_sound(vm: WitnessVm) -> None:
-    """The guest runs on, and complains of nothing; nor does qemu-img."""
-    mark = vm.console_size()
-    verdict = vm.testimony(mark)
-    assert verdict.is_consistent, verdict
-    for path in vm.folder.glob("*.qcow2"):
-        vm.check_image(path)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +26,7 @@ def assert_sound(vm: WitnessVm) -> None:
 def test_a_take_is_killed_under_a_guest_that_writes(boot: Boot, moments: tuple[str, ...]) -> None:
     vm = boot()
     for moment in moments:
-        assert kill_at(vm, moment, "kill-self", "take", vm.name, *KINDS) == -signal.SIGKILL
+        assert exit_code_at(vm, moment, "kill-self", "take", vm.name, *KINDS) == -signal.SIGKILL
         vm.await_rounds(30, vm.console_size())
         vm.calotype("recover", vm.name)
         assert_sound(vm)
@@ -69,7 +42,7 @@ def test_a_take_is_killed_under_a_guest_that_writes(boot: Boot, moments: tuple[s
 def test_qemu_is_killed_under_a_guest_that_writes(boot: Boot, moment: str) -> None:
     """A guest that was killed boots again, on disks that hold the newest round that it told of."""
     vm = boot()
-    assert kill_at(vm, moment, "kill-qemu", "take", vm.name, *KINDS) == 7
+    assert exit_code_at(vm, moment, "kill-qemu", "take", vm.name, *KINDS) == 7
     told = vm.ticks()[-1].n
     vm.calotype("recover", vm.name)
     assert min(vm.newest("zero.qcow2"), vm.newest("one.raw")) >= told - 1
@@ -87,7 +60,7 @@ def test_a_restore_is_killed_and_the_guest_goes_on_either_way(boot: Boot, moment
     vm.kill()
     newest = vm.newest("one.raw")
     words = ("restore", vm.name, "--id", snapshot)
-    assert kill_at(vm, moment, "kill-self", *words) == -signal.SIGKILL
+    assert exit_code_at(vm, moment, "kill-self", *words) == -signal.SIGKILL
     vm.calotype("recover", vm.name)
     if vm.pid() is None:
         assert vm.newest("one.raw") == newest

@@ -4,49 +4,28 @@ The witness compares its RAM with every disk in each round; `check` compares all
 restored witness that goes on without a complaint proves that RAM and disks are of one instant.
 """
 
-import asyncio
 import json
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
-from calotype.engine import changing, operations
+from calotype.engine import changing
 from calotype.engine.effects import EFFECTS
 from calotype.engine.take_effects import Taking
 from calotype.engine.world import Effect
 from calotype.model.snapshot import Manifest
 from calotype.plan import take as planning
-from calotype.plan import window
 from calotype.plan.steps import AwaitSave, Step
-from calotype.plan.take_plan import TakeRequest
 from calotype.plan.window import State
 from calotype.qemu import passing
-from calotype.store.store import Store
 from calotype.testing.machine import CommandFailed
-from calotype.testing.witness import Verdict
-from calotype.testing.witness_vm import WitnessVm
+from witnessing import Boot, assert_caught, assert_consistent, broken_take, restore
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
 
-Boot = Callable[..., WitnessVm]
 PAGE, CONTINUE = 0x08, 0x20
-
-
-def restore(vm: WitnessVm, *which: str) -> Verdict:
-    """Crash the VM, restore it, and let it testify."""
-    vm.kill()
-    mark = vm.console_size()
-    vm.calotype("restore", vm.name, *which)
-    return vm.testimony(mark)
-
-
-def assert_consistent(verdict: Verdict) -> None:
-    assert verdict.is_consistent, verdict
-    assert verdict.boots == 0, "the guest was booted, not restored"
 
 
 # --- sound ---------------------------------------------------------------------------------------
@@ -162,32 +141,6 @@ def test_what_a_restore_leaves_behind_can_be_gone_back_to(boot: Boot) -> None:
 
 
 # --- twins ---------------------------------------------------------------------------------------
-
-
-def broken_take(vm: WitnessVm, monkeypatch: pytest.MonkeyPatch, rows: Mapping[Any, Any]) -> str:
-    """Take a snapshot with a transition table that was broken on purpose."""
-    table = {**window.TABLES["live", True], **rows}
-    with monkeypatch.context() as patched:
-        patched.setitem(window.TABLES, ("live", True), table)
-        store = Store(vm.store)
-        return asyncio.run(operations.take(store, vm.name, TakeRequest())).id
-
-
-def assert_caught(vm: WitnessVm, take: Callable[[], str]) -> None:
-    """An unsound order shows only if the guest wrote in the gap, which a few tries will see.
-
-    A sound take goes before each: it splits huge pages, so that QEMU takes longer to set up the
-    next one, and the gap is wider.
-    """
-    for _ in range(10):
-        vm.calotype("take", vm.name)
-        snapshot = take()
-        vm.await_rounds(20, vm.console_size())
-        verdict = restore(vm, "--id", snapshot)
-        assert verdict.has_testified
-        if not verdict.is_consistent:
-            return
-    pytest.fail("the witness did not notice")
 
 
 def test_twin_storage_after_cont_is_caught(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -126,9 +127,12 @@ class Owner:
         limit_s: float = PATIENCE_S,
         switch: dict[str, str] | None = None,
         handover: dict[str, Any] | None = None,
+        forgetful: int | None = None,
     ) -> None:
         assert self.line.recv(64) == READY
-        orders = {"seconds": limit_s, "switch": switch, "handover": handover}
+        orders = {
+            "seconds": limit_s, "switch": switch, "handover": handover, "forgetful": forgetful,
+        }  # fmt: skip
         self.line.sendall(guard.ARM + json.dumps(orders).encode() + b"\n")
         assert self.line.recv(64) == ARMED
 
@@ -459,3 +463,85 @@ def test_a_qemu_that_dies_in_the_middle_of_a_word_is_its_end(posted: Posted) -> 
     owner = posted(qemu)
     owner.arm(0.01)
     assert_quiet_end(owner, qemu)
+
+
+# --- what a QEMU has left protected --------------------------------------------------------------
+
+PROTECTED = """
+import ctypes, fcntl, mmap, os, struct, sys
+
+MIB = 1 << 20
+memory = mmap.mmap(-1, MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+ctypes.memset(start, 1, MIB)
+libc = ctypes.CDLL(None, use_errno=True)
+watched = libc.syscall(323, os.O_CLOEXEC)
+if watched < 0:
+    sys.exit("userfaultfd: " + os.strerror(ctypes.get_errno()))
+fcntl.ioctl(watched, 0xC018AA3F, bytearray(struct.pack("QQQ", 0xAA, 1, 0)))
+fcntl.ioctl(watched, 0xC020AA00, bytearray(struct.pack("QQQQ", start, MIB, 2, 0)))
+fcntl.ioctl(watched, 0xC018AA06, bytearray(struct.pack("QQQ", start, MIB, 1)))
+print("protected", flush=True)
+ctypes.memset(start + 8192, 2, 1)
+print("written", flush=True)
+"""
+"""A process that write-protects its own memory, as QEMU does, and then writes to it."""
+
+
+@pytest.fixture
+def stuck() -> Iterator["subprocess.Popen[str]"]:
+    """A process that waits for leave to write, and gets none."""
+    words = [sys.executable, "-c", PROTECTED]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "protected\n"
+        yield process
+        process.kill()
+
+
+def says_nothing(process: "subprocess.Popen[str]", wait_s: float) -> bool:
+    assert process.stdout
+    return not select.select([process.stdout], [], [], wait_s)[0]
+
+
+def test_protection_is_taken_off_and_who_waits_goes_on(stuck: "subprocess.Popen[str]") -> None:
+    assert says_nothing(stuck, 0.2)
+    assert len(list(guard.protected(stuck.pid))) == 1
+    guard.unprotect(stuck.pid)
+    assert stuck.communicate(timeout=PATIENCE_S)[0] == "written\n"
+    assert stuck.returncode == 0
+
+
+def test_memory_without_protection_is_left_alone() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        guard.unprotect(process.pid)
+        assert list(guard.protected(process.pid)) == []
+        process.kill()
+
+
+def test_a_process_that_is_gone_cannot_be_looked_into() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait(PATIENCE_S)
+    with pytest.raises(OSError, match=r"No such (file|process)"):
+        guard.unprotect(process.pid)
+
+
+def test_the_guard_takes_protection_off_before_it_asks_anything(
+    posted: Posted, stuck: "subprocess.Popen[str]"
+) -> None:
+    qemu = Qemu()
+    qemu.dies_at = "migrate_cancel"
+    owner = posted(qemu)
+    owner.arm(0.05, forgetful=stuck.pid)
+    assert_quiet_end(owner, qemu)
+    assert stuck.communicate(timeout=PATIENCE_S)[0] == "written\n"
+
+
+def test_the_guard_does_its_work_where_it_may_not_look_into_qemu(posted: Posted) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait(PATIENCE_S)
+    qemu = Qemu()
+    owner = posted(qemu)
+    owner.arm(0.05, forgetful=gone.pid)
+    assert_quiet_end(owner, qemu)
+    assert_rescued(qemu)

@@ -21,7 +21,7 @@ from calotype.plan.steps import (
     PassInstant,
     SwitchToOverlay,
 )
-from calotype.qemu import image_tool, live_merge, migration
+from calotype.qemu import image_tool, live_merge, migration, process
 from calotype.qemu.monitor import Monitor
 from calotype.store import images
 
@@ -65,16 +65,23 @@ def _look_at(world: World, overlays: Iterable[str]) -> dict[str, OverlaySight]:
 
 async def _end_pause(world: World, step: EndPause) -> None:
     """Let the guest run as soon as can be; that the save is taken down is waited for afterwards."""
+    _unprotect(world, step)  # first: a QEMU whose main loop waits for it answers nothing
     async with world.controlling() as monitor:
         await monitor.execute("migrate_cancel")
         status = (await monitor.execute("query-status"))["status"]
         if step.let_run and status in _AT_REST:
             await monitor.execute("cont")
         await migration.torn_down(monitor)
+        _unprotect(world, step)  # and for good, now that no save can protect it any more
         if step.let_run:
             await _let_run(monitor)
         elif status == "postmigrate":
             await monitor.execute("blockdev-set-active", active=True)
+
+
+def _unprotect(world: World, step: EndPause) -> None:
+    if step.unprotect and world.qemu is not None:
+        process.unprotect_memory(world.qemu.pid)
 
 
 async def _let_run(monitor: Monitor) -> None:

@@ -68,6 +68,7 @@ class Taking(World):
     ) -> None:
         super().__init__(store, record, qemu, progress, monitor)
         self.monitor = monitor
+        self.pid = qemu.pid
         self.is_settled = True
         self.facts = facts
         self.plan = plan
@@ -203,15 +204,16 @@ async def _guarded(taking: Taking, step: PassInstant, window: Window) -> Accepte
         await _compare_graph(taking.monitor, step)
         return await pass_through(window, taking.monitor)
     path = taking.store.folder(taking.record.id) / launch.GUARD
+    forgetful = taking.pid if step.method == "live-storage-first" else None
     async with guarding.posted(path) as guard:
-        await guard.arm(step.limit_ms / 1000)
+        await guard.arm(step.limit_ms / 1000, forgetful=forgetful)
         try:
             await _compare_graph(taking.monitor, step)
         except BaseException:
             await guard.stand_down()
             raise
         taking.is_settled = False
-        end = await pass_through(window, taking.monitor)
+        end = await pass_through(window, taking.monitor, forgetful)
         if isinstance(end, Accepted) or end.settled:
             await guard.stand_down()
         else:

@@ -165,6 +165,8 @@ class MigrationFacts(Struct, frozen=True):
     parameters: dict[str, int | str | bool]
     status: str
     blocked_reasons: tuple[str, ...]
+    can_activate: bool
+    """Whether it makes images active again, after a migration, without letting the guest run."""
 
 
 class HostFacts(Struct, frozen=True):
@@ -172,6 +174,8 @@ class HostFacts(Struct, frozen=True):
 
     write_tracking: bool
     """Whether the process may use userfaultfd write protection."""
+    may_unprotect: bool
+    """Whether we may take such protection off it from outside (pidfd_getfd)."""
     store_free_bytes: int
     resident_bytes: int
     """Resident memory of the QEMU process."""

@@ -57,7 +57,7 @@ def _steps(
     instant: PassInstant, qemu: Qemu, overlays: Mapping[str, OverlaySight], let_run: bool
 ) -> Iterator[Step]:
     if qemu == "same":
-        yield EndPause(let_run)
+        yield EndPause(let_run, unprotect=instant.method == "live-storage-first")
     for action in reversed(instant.actions):
         match action:
             case SnapshotInside():

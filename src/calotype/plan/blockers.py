@@ -15,6 +15,7 @@ from calotype.plan.take_plan import (
     DiskPlan,
     Estimate,
     TakeRequest,
+    forgets_protection,
     is_live,
 )
 from calotype.plan.window import WindowMethod
@@ -48,7 +49,8 @@ def _request_blockers(facts: Facts, request: TakeRequest) -> Iterator[Blocker]:
     for disk in facts.disks:
         if len(asked := sorted(set(request.disks) & disk.labels)) > 1:
             yield Blocker(f"{' and '.join(asked)} are the same disk", "name it once")
-    if facts.run_state not in _CAN_BE_TAKEN[request.machine_state]:
+    is_given_away = facts.run_state == "postmigrate" and not facts.migration.can_activate
+    if facts.run_state not in _CAN_BE_TAKEN[request.machine_state] or is_given_away:
         yield Blocker(
             f"the VM is in run state {facts.run_state!r}",
             "let it run first: `calotype start NAME` does where it is paused",
@@ -62,7 +64,8 @@ _CAN_BE_TAKEN: Mapping[MachineStateKind, frozenset[str]] = {
 """The run states that a snapshot can be taken in.
 
 A save in `prelaunch` makes QEMU end itself (the transition to paused is none that it knows,
-system/runstate.c), and one in `postmigrate` it refuses.
+system/runstate.c), and one in `postmigrate` it refuses. There the images are inactive too: what was
+done to the disks can be undone only by a QEMU that makes them active while the guest stands still.
 """
 
 
@@ -221,6 +224,12 @@ def _live_blockers(facts: Facts, method: WindowMethod) -> Iterator[Blocker]:
             "the QEMU process may not protect its own memory (userfaultfd)",
             "run it as root, give it CAP_SYS_PTRACE or access to /dev/userfaultfd, or set"
             f" vm.unprivileged_userfaultfd=1, {_USE_PAUSED}",
+        )
+    if forgets_protection(facts) and not facts.host.may_unprotect:
+        yield Blocker(
+            "if the save failed, this QEMU's guest would stand still for ever, and it is not ours"
+            " to mend (ptrace)",
+            f"run Calotype as root or with CAP_SYS_PTRACE, use QEMU 8.1 or newer, {_USE_PAUSED}",
         )
     for reason in facts.memory_backends:
         yield Blocker(reason, f"use anonymous memory, memfd or a file on tmpfs, {_USE_PAUSED}")

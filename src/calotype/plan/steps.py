@@ -159,6 +159,8 @@ class EndPause(Step, frozen=True):
     """Cancel the save and, if it ran before, let the guest run; then wait until that is done."""
 
     let_run: bool
+    unprotect: bool = False
+    """QEMU may leave the guest's memory protected when a save ends: take that off it."""
 
 
 class MergeBack(Step, frozen=True):

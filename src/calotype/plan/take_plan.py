@@ -72,6 +72,14 @@ def gives_back_run_state(facts: Facts) -> bool:
     return "mapped-ram" in facts.migration.capabilities
 
 
+def forgets_protection(facts: Facts) -> bool:
+    """Whether QEMU leaves memory protected after a live save that was cancelled or failed.
+
+    That was mended in QEMU 8.1, which brought the switchover-ack capability too.
+    """
+    return "switchover-ack" not in facts.migration.capabilities
+
+
 def is_live(method: WindowMethod) -> bool:
     """Whether the guest runs while its RAM is saved."""
     return method in ("live", "live-storage-first")

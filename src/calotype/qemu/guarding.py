@@ -57,17 +57,26 @@ class Post:
         """
         await self._hear(guard.READY)
 
-    async def arm(self, limit_s: float, change: Switch | Handover | None = None) -> None:
+    async def arm(
+        self,
+        limit_s: float,
+        change: Switch | Handover | None = None,
+        *,
+        forgetful: int | None = None,
+    ) -> None:
         """Begin its watch; returns when it has begun.
 
         Args:
             limit_s: After how long it acts.
             change: What is changed in the pause besides, so that another guest or image is newest.
+            forgetful: The process whose memory a save that is ended leaves protected.
 
         Raises:
             HostError: It does not answer: then the guest must not be stopped.
         """
-        orders: dict[str, Any] = {"seconds": limit_s, "switch": None, "handover": None}
+        orders: dict[str, Any] = {
+            "seconds": limit_s, "switch": None, "handover": None, "forgetful": forgetful,
+        }  # fmt: skip
         if change is not None:
             orders[type(change).__name__.lower()] = change._asdict()
         await self._say(guard.ARM + json.dumps(orders).encode() + b"\n")

@@ -341,13 +341,19 @@ async def observe_migration(monitor: Monitor) -> MigrationFacts:
         },
         status=state.get("status", "none"),
         blocked_reasons=tuple(state.get("blocked-reasons", ())),
+        can_activate=await _knows(monitor, "blockdev-set-active"),
     )
+
+
+async def _knows(monitor: Monitor, command: str) -> bool:
+    return command in {known["name"] for known in await monitor.execute("query-commands")}
 
 
 def _host(qemu: Process, store: Path) -> HostFacts:
     memory = process.memory(qemu.pid)
     return HostFacts(
         write_tracking=process.may_protect_memory(qemu.pid),
+        may_unprotect=process.may_unprotect_memory(qemu.pid),
         store_free_bytes=images.free_bytes(store),
         resident_bytes=memory.resident_bytes,
         huge_bytes=memory.huge_bytes,

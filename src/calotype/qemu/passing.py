@@ -26,19 +26,27 @@ from calotype.plan.window import (
     Tick,
     Window,
 )
+from calotype.qemu import process
 from calotype.qemu.monitor import Monitor
 
 TICK_S = 0.001
 
 
-async def pass_through(window: Window, monitor: Monitor) -> Accepted | Failed:
+async def pass_through(
+    window: Window, monitor: Monitor, forgetful: int | None = None
+) -> Accepted | Failed:
     """Carry *window* to its end over *monitor*.
+
+    Args:
+        window: The state machine.
+        monitor: The connection to QEMU.
+        forgetful: The process whose memory a save that is cancelled leaves protected.
 
     Raises:
         asyncio.CancelledError: The user interrupted; by then the window has ended all the same.
     """
     arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
-    passage = asyncio.ensure_future(_pump(window, monitor, arrivals))
+    passage = asyncio.ensure_future(_pump(window, monitor, arrivals, forgetful))
     interrupts = 0
     while not passage.done():
         try:
@@ -56,26 +64,34 @@ Arrival = Message | None | Interrupt
 
 
 async def _pump(
-    window: Window, monitor: Monitor, arrivals: asyncio.Queue[Arrival]
+    window: Window,
+    monitor: Monitor,
+    arrivals: asyncio.Queue[Arrival],
+    forgetful: int | None,
 ) -> Accepted | Failed:
     pending: dict[str, str] = {}
     with monitor.tapped(arrivals.put_nowait):
-        end = _send(window.begin(), monitor, pending)
+        end = _send(window.begin(), monitor, pending, forgetful)
         async for arrived in _inputs(arrivals, pending):
             if end is not None:
                 break
-            end = _send(window.feed(arrived), monitor, pending)
+            end = _send(window.feed(arrived), monitor, pending, forgetful)
     assert end is not None
     return end
 
 
 def _send(
-    outputs: Iterable[Output], monitor: Monitor, pending: dict[str, str]
+    outputs: Iterable[Output],
+    monitor: Monitor,
+    pending: dict[str, str],
+    forgetful: int | None,
 ) -> Accepted | Failed | None:
     for output in outputs:
         if not isinstance(output, Command):
             return output
         pending[monitor.post(output.execute, output.arguments)] = output.execute
+        if output.execute == "migrate_cancel" and forgetful is not None:
+            process.unprotect_memory(forgetful)
     return None
 
 

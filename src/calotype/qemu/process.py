@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from calotype.errors import HostError
+from calotype.guard import borrow, unprotect
 from calotype.model.vm import Process
 
 _CAP_SYS_PTRACE = 19
 _USERFAULTFD = Path("/dev/userfaultfd")
+_STANDARD_OUTPUT = 1
+"""The log that `spawn` gave it: a file that every process of ours has open."""
 
 
 class Memory(NamedTuple):
@@ -131,6 +134,23 @@ def memory(pid: int) -> Memory:
             name, kib, *_ = line.split()
             fields[name.rstrip(":")] = int(kib) * 1024
     return Memory(fields.get("Rss", 0), fields.get("AnonHugePages", 0))
+
+
+def unprotect_memory(pid: int) -> None:
+    """Take all write protection off its memory; one that is gone has none.
+
+    A QEMU before 8.1 needs it when a live save has ended badly: see `calotype.guard`.
+    """
+    with contextlib.suppress(OSError):  # the plan has seen to it that we may
+        unprotect(pid)
+
+
+def may_unprotect_memory(pid: int) -> bool:
+    """Whether we may look into it: then we may also take protection off that it forgot."""
+    with contextlib.suppress(OSError):
+        os.close(borrow(pid, _STANDARD_OUTPUT))
+        return True
+    return False
 
 
 def may_protect_memory(pid: int) -> bool:

@@ -291,8 +291,8 @@ def _without_switch() -> None:
     """Let the guard be told of no switch, so that it has none completed."""
     arm = guarding.Post.arm
 
-    async def armed(post: guarding.Post, limit_s: float, _: object = None) -> None:
-        await arm(post, limit_s)
+    async def armed(post: guarding.Post, limit_s: float, _: object = None, **also: Any) -> None:
+        await arm(post, limit_s, **also)
 
     _replace(guarding.Post, arm=armed)
 
@@ -331,7 +331,7 @@ async def _no_guard(*_: object) -> AsyncIterator["_NoGuard"]:
 class _NoGuard:
     """Stands by and does nothing."""
 
-    async def arm(self, limit_s: float, change: object = None) -> None:
+    async def arm(self, limit_s: float, change: object = None, **also: object) -> None:
         """Do nothing."""
 
     async def stand_down(self) -> None:

@@ -5,6 +5,7 @@ from typing import get_args
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
+from msgspec.structs import replace
 
 from builders import SNAPSHOT, disk_path
 from calotype.model import names
@@ -75,6 +76,12 @@ def test_the_guest_is_let_run_only_if_the_pause_was_ours_and_may_not_be_over(
 ) -> None:
     passed = instant(was_running=was_running)
     assert plan_abandon(passed, qemu, {}, settled=settled) == plan
+
+
+def test_what_an_old_qemu_has_left_protected_is_unprotected() -> None:
+    old = replace(instant(), method="live-storage-first")
+    assert plan_abandon(old, "same", {}, settled=True) == (EndPause(False, unprotect=True),)
+    assert plan_abandon(old, "other", {}, settled=True) == ()
 
 
 OVERLAYS = [

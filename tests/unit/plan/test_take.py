@@ -324,6 +324,11 @@ ALONE: dict[str, tuple[Change, str, str]] = {
         "would let the paused guest run",
         "let it run first",
     ),
+    "old, forgetful, and not ours to mend": (
+        both(of_migration(capabilities=OLD), of_host(may_unprotect=False)),
+        "this QEMU's guest would stand still for ever",
+        "QEMU 8.1 or newer, or accept a long pause with --method paused",
+    ),
     "never let run": (seen(run_state="prelaunch"), "run state 'prelaunch'", "let it run first"),
     "saved by another": (seen(run_state="postmigrate"), "'postmigrate'", "let it run first"),
 }
@@ -331,6 +336,25 @@ ALONE: dict[str, tuple[Change, str, str]] = {
 
 def test_nothing_is_in_the_way_of_a_sound_vm() -> None:
     assert sound_case().plan().blockers == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        of_host(may_unprotect=False),
+        both(
+            of_migration(capabilities=OLD | {"switchover-ack": False}), of_host(may_unprotect=False)
+        ),
+        both(
+            of_migration(capabilities=OLD),
+            of_host(may_unprotect=False),
+            asked(method="paused", pause_limit_ms=1e6),
+        ),
+    ],
+    ids=["10", "8.1", "7.2, paused"],
+)
+def test_a_qemu_that_ends_its_own_saves_well_need_not_be_ours_to_mend(change: Change) -> None:
+    assert change(sound_case()).plan().blockers == ()
 
 
 @pytest.mark.parametrize("name", [*INDEPENDENT, *ALONE])
@@ -392,6 +416,16 @@ def test_a_snapshot_can_be_taken_of_a_vm_that_runs_or_stands_still(state: str) -
 def test_disks_alone_can_be_taken_in_any_run_state(state: str) -> None:
     request = TakeRequest(machine_state="none")
     assert plan_of(make_facts(run_state=state), request).blockers == ()
+
+
+def test_disks_that_could_not_be_put_back_are_not_taken() -> None:
+    """Who was migrated away writes to no image, unless QEMU makes them active again."""
+    request = TakeRequest(machine_state="none")
+    facts = make_facts(run_state="postmigrate", migration=make_migration(can_activate=False))
+    (blocker,) = plan_of(facts, request).blockers
+    assert blocker.problem == "the VM is in run state 'postmigrate'"
+    running = make_facts(migration=make_migration(can_activate=False))
+    assert plan_of(running, request).blockers == ()
 
 
 def test_a_vm_that_stands_still_is_saved_live_though_a_pause_was_allowed() -> None:
@@ -894,9 +928,11 @@ def anything(draw: st.DrawFn) -> tuple[Facts, VmRecord]:
             ),
             status=draw(st.sampled_from(["none", "active", "completed", "wait-unplug"])),
             blocked_reasons=draw(words),
+            can_activate=draw(st.booleans()),
         ),
         host=make_host(
             write_tracking=draw(st.booleans()),
+            may_unprotect=draw(st.booleans()),
             store_free_bytes=draw(size),
             resident_bytes=draw(size),
             huge_bytes=draw(size),
