@@ -1,4 +1,4 @@
-"""The guard: a small process that ends a pause whose owner died, hangs or was stopped.
+"""The guard: a small process that ends a pause or a freeze whose owner died, hangs or was stopped.
 
 It is started before the pause, with a QMP connection of its own to the VM and a socket to the
 owner, and stays out of the way: a session of its own, so that what ends the owner's terminal does
@@ -23,7 +23,14 @@ letting it run is right only if QEMU writes to the image that the record names. 
 inside that pause, before QEMU switches; so if it names the one below, the guard first has QEMU
 complete the job that switches.
 
+A *freeze* of the guest's file systems is guarded the same way, but what ends it is the agent in the
+guest. The guard has the owner's own connection to it, not another one: the agent serves one client,
+also one that was stopped, and what the owner had sent comes before what the guard sends. An agent
+that hangs is asked for minutes, and so is one that died and may be started again: it comes back in
+the frozen state (qga/main.c, ga_set_frozen, which leaves a file).
+
 Run as: python -m calotype.guard QMP-FD OWNER-FD
+or as:  python -m calotype.guard --thaw AGENT-FD OWNER-FD
 """
 
 import contextlib
@@ -42,6 +49,13 @@ RESCUE_S = 30.0
 STEADY = 8
 """How many looks in a row must find the guest running."""
 LOOK_S = 0.02
+
+THAW_S = 600.0
+"""How long it is tried to thaw the guest's file systems."""
+AGAIN_S = 2.0
+"""How long the agent may be silent before it is asked again."""
+HEARD_BYTES = 1 << 16
+"""How much of what the agent says is kept."""
 
 _AT_REST = frozenset({"paused", "postmigrate", "finish-migrate", "prelaunch"})
 
@@ -68,6 +82,58 @@ class Qemu:
             if "return" in message or "error" in message:
                 return message.get("return")
         raise ConnectionError("QEMU is gone")
+
+
+class Agent:
+    """The owner's connection to the agent in the guest, each wait bounded."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(AGAIN_S)
+        self._connection = connection
+
+    def greet(self) -> None:
+        """Do nothing: the connection is the owner's until it is rescued from."""
+
+    def thaw(self) -> None:
+        """Ask until the agent says that nothing is frozen."""
+        until = time.monotonic() + THAW_S
+        while time.monotonic() < until:
+            with contextlib.suppress(TimeoutError):
+                if self._says_thawed():
+                    return
+
+    def _says_thawed(self) -> bool:
+        number = time.monotonic_ns()
+        sync = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
+        orders = [sync, {"execute": "guest-fsfreeze-thaw"}, {"execute": "guest-fsfreeze-status"}]
+        lines = b"".join(json.dumps(order).encode() + b"\n" for order in orders)
+        self._connection.sendall(b"\xff" + lines)
+        heard = b""
+        deadline = time.monotonic() + AGAIN_S
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([self._connection], [], [], left)[0]:
+                heard = (heard + self._hear())[-HEARD_BYTES:]
+                answers = [returned(line) for line in heard.rpartition(b"\xff")[2].splitlines()]
+                if answers[:1] == [number] and "thawed" in answers:
+                    return True
+        return False
+
+    def _hear(self) -> bytes:
+        try:
+            heard = self._connection.recv(HEARD_BYTES)
+        except BlockingIOError:  # the owner was quicker
+            return b""
+        if not heard:
+            raise ConnectionError("QEMU is gone")
+        return heard
+
+
+def returned(line: bytes) -> Any:
+    """The value that an answer of the agent's returns, None if it is none."""
+    try:
+        return json.loads(line)["return"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 class Orders:
@@ -132,15 +198,21 @@ def complete(qemu: Qemu, job: str, until: float) -> None:
 
 
 def main() -> None:
-    """Guard one pause."""
-    qmp_fd, owner_fd = map(int, sys.argv[1:])
-    with socket.socket(fileno=qmp_fd) as connection, socket.socket(fileno=owner_fd) as owner:
-        qemu = Qemu(connection)
+    """Guard one pause, or one freeze."""
+    *duty, line_fd, owner_fd = sys.argv[1:]
+    with (
+        socket.socket(fileno=int(line_fd)) as connection,
+        socket.socket(fileno=int(owner_fd)) as owner,
+    ):
+        guarded = Agent(connection) if duty else Qemu(connection)
         with contextlib.suppress(OSError, ValueError):  # one of the two is gone, be it in mid-word
-            qemu.greet()
+            guarded.greet()
             orders = watch(owner)
-            if orders is not None:
-                rescue(qemu, orders)
+            match guarded, orders:
+                case Qemu(), Orders():
+                    rescue(guarded, orders)
+                case Agent(), Orders():
+                    guarded.thaw()
 
 
 if __name__ == "__main__":

@@ -146,14 +146,20 @@ class Monitor:
             await self._client.disconnect()
 
 
-def open_socket(path: Path) -> socket.socket:
+def open_socket(path: Path, *, wait: bool = True) -> socket.socket:
     """Connect to the unix socket *path*, however long it is.
 
     A socket's address holds 107 bytes; a folder held open gives every path a short name.
+
+    Args:
+        path: The socket.
+        wait: Whether to wait where more have come than it takes in; else it does not block later
+            either.
     """
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.setblocking(wait)
         try:
             connection.connect(f"/proc/self/fd/{folder}/{path.name}")
         except BaseException:
