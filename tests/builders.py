@@ -20,6 +20,7 @@ from calotype.model.snapshot import (
     Timings,
 )
 from calotype.model.vm import (
+    AgentFacts,
     DiskFacts,
     DiskRecord,
     Facts,
@@ -157,6 +158,13 @@ def make_host(**changes: Any) -> HostFacts:
         huge_bytes=GIB,
     )
     return _changed(host, changes)
+
+
+def make_agent(**changes: Any) -> AgentFacts:
+    """An agent that answers and does all that is asked of it."""
+    verbs = ("freeze", "status", "thaw")
+    commands = tuple(f"guest-fsfreeze-{verb}" for verb in verbs)
+    return _changed(AgentFacts("/vm/agent.sock", version="10.0.0", commands=commands), changes)
 
 
 def make_facts(disks: Iterable[DiskFacts] | None = None, **changes: Any) -> Facts:

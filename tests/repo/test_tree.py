@@ -14,6 +14,7 @@ import pytest
 from builders import (
     OTHER,
     disk_path,
+    make_agent,
     make_disk,
     make_disk_record,
     make_facts,
@@ -274,10 +275,10 @@ def step_kinds() -> set[type[Step]]:
 
 def taken() -> set[type[Step]]:
     """What the plans of a take are made of, over every kind and method."""
-    facts = make_facts([make_disk(0), make_disk(1)])
+    facts = make_facts([make_disk(0), make_disk(1)], agent=make_agent())
     record = make_record([make_disk_record(0), make_disk_record(1)])
     requests = [
-        TakeRequest(machine_state, method, disks={"disk1": kind})
+        TakeRequest(machine_state, method, disks={"disk1": kind}, quiesce=True)
         for machine_state in ("external", "none")
         for method in ("live", "paused")
         for kind in ("external", "internal", "skip")
@@ -293,9 +294,11 @@ def restored() -> set[type[Step]]:
     moved_on = Image(f"{disk_path(1)}.{OTHER}.qcow2", "qcow2")
     disks = [make_disk_record(0), make_disk_record(1, active=moved_on)]
     record = make_record([*disks, make_disk_record(2), make_disk_record(3)])
-    found = make_found(manifest, record)
+    found = make_found(manifest, record, agent=make_agent())
     plans = [
-        plan_restore(manifest, record, found, RestoreRequest(run_state, discard), OTHER)
+        plan_restore(
+            manifest, record, found, RestoreRequest(run_state, discard, sync_time=True), OTHER
+        )
         for run_state in ("running", "paused")
         for discard in (True, False)
     ]

@@ -1,11 +1,15 @@
 """`calotype restore`: put a VM back to a snapshot."""
 
 import shlex
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from calotype.cli.output import UNDONE, Settings, common, run_async, say, snapshot_choice
+from calotype.cli.output import UNDONE, Settings, common, duration, run_async, say, snapshot_choice
+
+if TYPE_CHECKING:
+    from calotype.engine.operations import Restored
 
 
 @click.command("restore")
@@ -28,6 +32,11 @@ from calotype.cli.output import UNDONE, Settings, common, run_async, say, snapsh
     is_flag=True,
     help="Go on although a file's mode, owner or name was changed, if nothing else of it was.",
 )
+@click.option(
+    "--sync-time",
+    is_flag=True,
+    help="Have the guest's agent set its clock, which stood still since the snapshot.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print the restored id alone.")
 @common
 def command(
@@ -39,6 +48,7 @@ def command(
     run_state: Any,
     discard_current: bool,
     accept_touched: bool,
+    sync_time: bool,
     quiet: bool,
 ) -> None:
     """Put the VM NAME, which must not run, back to a snapshot.
@@ -53,7 +63,7 @@ def command(
 
     store = Store(settings.store_path)
     entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
-    request = RestoreRequest(run_state, discard_current, accept_touched)
+    request = RestoreRequest(run_state, discard_current, accept_touched, sync_time)
     restored = run_async(operations.restore(store, name, entry.id, request), UNDONE)
     plan = restored.plan
     undo = [settings.suggested("restore", name, "--id", plan.left_behind)]
@@ -66,11 +76,28 @@ def command(
         "restore_ms": round(restored.restore_ms, 1),
         "left_behind": plan.left_behind if plan.keeps_left_behind else None,
         "undo": undo if plan.keeps_left_behind else None,
+        "clock_behind_s": restored.clock_behind_s,
+        "is_clock_set": restored.is_clock_set,
+        "warnings": restored.warnings,
     }
     if quiet:
         lines = [plan.snapshot]
     else:
         lines = [f"{name} is {plan.run_state}, restored in {restored.restore_ms:.0f} ms"]
+        lines += _clock_lines(restored)
+        lines += [f"warning: {warning}" for warning in restored.warnings]
         lines += ["to go back to the disks left behind:"] * plan.keeps_left_behind
         lines += [" && ".join(map(shlex.join, undo))] * plan.keeps_left_behind
     say(settings, told, lines)
+
+
+def _clock_lines(restored: "Restored") -> Iterator[str]:
+    """By how much the guest's clock is behind, if its RAM is from the past."""
+    if restored.clock_behind_s is None:
+        return
+    behind = duration(restored.clock_behind_s)
+    if restored.is_clock_set:
+        yield f"the guest's clock was {behind} behind, and was set"
+    else:
+        stands = "" if restored.plan.run_state == "running" else ", and stands still"
+        yield f"the guest's clock is {behind} behind{stands}"

@@ -6,6 +6,7 @@ found all the same: that it is another thing now is for the preflight to say.
 
 from pathlib import Path
 
+from calotype.engine.agents import where
 from calotype.errors import CalotypeError
 from calotype.model.identity import Format, Identity
 from calotype.model.snapshot import Manifest
@@ -30,6 +31,7 @@ def find(store: Store, record: VmRecord, manifest: Manifest, definition: Definit
         state=identify(state_path, "raw") if state else None,
         modes={path: images.mode(Path(path)) for path in active if Path(path).exists()},
         kept_paths=frozenset(_kept_paths(store, record)),
+        agent=where(record),
     )
 
 

@@ -12,10 +12,13 @@ joins; what the steps are and in which order, in `calotype.plan`.
 
 import secrets
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from calotype.engine import defining, finding, launch
+from msgspec.structs import replace
+
+from calotype.engine import agents, defining, finding, launch
 from calotype.engine.changing import carry_out, changing
 from calotype.engine.execute import shielded
 from calotype.engine.progress import Progress, silent
@@ -25,6 +28,7 @@ from calotype.engine.restore_effects import Restoring
 from calotype.engine.take_effects import Taking
 from calotype.engine.world import World
 from calotype.errors import (
+    BlockedError,
     ConflictError,
     HostError,
     MismatchError,
@@ -104,6 +108,8 @@ async def _observe_and_plan(
     store: Store, record: VmRecord, qemu: Process, monitor: Monitor, request: TakeRequest
 ) -> tuple[Facts, TakePlan]:
     facts = await observe.observe(monitor, record, qemu, store.root)
+    if request.quiesce and facts.run_state == "running":
+        facts = replace(facts, agent=await agents.look(record))
     return facts, plan_take(facts, record, request, secrets.token_hex(names.ID_LENGTH // 2))
 
 
@@ -125,6 +131,10 @@ class Restored(NamedTuple):
     manifest: Manifest
     plan: RestorePlan
     restore_ms: float
+    clock_behind_s: float | None
+    """By how much the guest's clock was behind when it was let run; None where it boots."""
+    is_clock_set: bool
+    warnings: tuple[str, ...]
 
 
 async def restore(
@@ -148,6 +158,7 @@ async def restore(
         NotFoundError: There is no such VM.
         ConflictError: The VM runs, or somebody else is changing it.
         MismatchError: What is there is not what was recorded; nothing was changed.
+        BlockedError: The guest's clock could not be set afterwards; nothing was changed.
         QemuError: QEMU did not start or could not load the state; all was undone.
     """
     async with changing(store, name, "restore", progress=progress) as record:
@@ -159,9 +170,35 @@ async def restore(
         plan = plan_restore(manifest, record, found, request, left_behind)
         if plan.mismatches:
             raise _mismatched(manifest, plan)
+        if plan.blockers:
+            raise _blocked(manifest, plan)
         restoring = Restoring(store, record, manifest, plan, definition, progress)
         await carry_out(restoring, "restore", left_behind, manifest.id, plan.steps)
-    return Restored(manifest, plan, sum(restoring.phases_ms.values()))
+    return Restored(
+        manifest,
+        plan,
+        sum(restoring.phases_ms.values()),
+        _clock_behind_s(manifest, restoring.let_run_at),
+        request.sync_time and not restoring.warnings,
+        tuple(restoring.warnings),
+    )
+
+
+def _clock_behind_s(manifest: Manifest, let_run_at: datetime | None) -> float | None:
+    """For how long a guest's clock stood still: from the instant until it ran again, or now."""
+    if manifest.machine_state is None:
+        return None
+    stood_still = (let_run_at or datetime.now(UTC)) - datetime.fromisoformat(manifest.instant)
+    return round(stood_still.total_seconds(), 3)
+
+
+def _blocked(manifest: Manifest, plan: RestorePlan) -> BlockedError:
+    (blocker,) = plan.blockers
+    return BlockedError(
+        f"{manifest.vm_name!r} is not restored to {manifest.id}: {blocker.problem}",
+        blocker.remedy,
+        blockers=[[blocker.problem, blocker.remedy]],
+    )
 
 
 def _mismatched(manifest: Manifest, plan: RestorePlan) -> MismatchError:

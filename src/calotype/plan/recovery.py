@@ -21,7 +21,15 @@ from typing import Literal
 
 from msgspec import Struct
 
-from calotype.plan.steps import AnyStep, Commit, LetRun, RecordRestored, StartQemu, Step
+from calotype.plan.steps import (
+    AnyStep,
+    Commit,
+    LetRun,
+    RecordRestored,
+    SetClock,
+    StartQemu,
+    Step,
+)
 
 OperationKind = Literal["take", "restore", "start", "delete"]
 
@@ -76,7 +84,7 @@ _POINTS = (Commit, LetRun, RecordRestored)
 
 
 def _needs_guest(step: AnyStep) -> bool:
-    return isinstance(step, LetRun)
+    return isinstance(step, LetRun | SetClock)
 
 
 def _take_is_done(_: tuple[AnyStep, ...], sight: Sight) -> bool:

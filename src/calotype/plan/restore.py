@@ -13,7 +13,15 @@ from msgspec import Struct
 from calotype.model import names
 from calotype.model.identity import Difference, Identity, differences
 from calotype.model.snapshot import Manifest, StoragePart
-from calotype.model.vm import DiskRecord, Image, ImageFacts, ReadOnlyDisk, RunState, VmRecord
+from calotype.model.vm import (
+    AgentFacts,
+    DiskRecord,
+    Image,
+    ImageFacts,
+    ReadOnlyDisk,
+    RunState,
+    VmRecord,
+)
 from calotype.plan.steps import (
     ApplyInside,
     CheckTopology,
@@ -26,9 +34,11 @@ from calotype.plan.steps import (
     LoadState,
     MakeSnapshotFolder,
     RecordRestored,
+    SetClock,
     StartQemu,
     Step,
 )
+from calotype.plan.take_plan import Blocker
 
 Definition = tuple[tuple[str, str], ...]
 
@@ -40,6 +50,8 @@ class RestoreRequest(Struct, frozen=True):
     discard_current: bool = False
     accept_touched: bool = False
     """Go on although a file's mode, owner or name was changed, if nothing else of it was."""
+    sync_time: bool = False
+    """Have the agent in the guest set its clock, which stood still since the snapshot."""
 
 
 class Found(Struct, frozen=True):
@@ -56,6 +68,8 @@ class Found(Struct, frozen=True):
     """The permission bits of the active images, by path."""
     kept_paths: frozenset[str]
     """Images that some snapshot of this VM stands on."""
+    agent: AgentFacts = AgentFacts("", "the guest agent was not looked for", "try again")
+    """Where the agent will be reached; it cannot be asked yet."""
 
 
 class Mismatch(Struct, frozen=True):
@@ -77,6 +91,7 @@ class RestorePlan(Struct, frozen=True):
     active: dict[int, Image]
     mismatches: tuple[Mismatch, ...]
     steps: tuple[Step, ...]
+    blockers: tuple[Blocker, ...] = ()
 
 
 def plan_restore(
@@ -96,7 +111,7 @@ def plan_restore(
         left_behind: The id of the snapshot that keeps the present disks, and of the new overlays.
 
     Returns:
-        The plan; its `mismatches` are empty if it can be carried out.
+        The plan; its `mismatches` and `blockers` are empty if it can be carried out.
     """
     disks = {disk.index: disk for disk in record.disks}
     pairs = [(part, disks[part.index]) for part in manifest.storage if part.index in disks]
@@ -116,7 +131,27 @@ def plan_restore(
         steps=tuple(
             _steps(manifest, record, found, request, left_behind, run_state, pairs, active)
         ),
+        blockers=tuple(_clock_blockers(manifest, found, run_state)) if request.sync_time else (),
     )
+
+
+# --- clock ---------------------------------------------------------------------------------------
+
+
+def _clock_blockers(manifest: Manifest, found: Found, run_state: RunState) -> Iterator[Blocker]:
+    """Why the guest's clock could not be set afterwards."""
+    if manifest.machine_state is None:
+        yield Blocker(
+            "the snapshot has no machine state: the guest boots, and looks at its hardware's clock",
+            "leave --sync-time out",
+        )
+    elif run_state != "running":
+        yield Blocker(
+            f"the guest is to be {run_state}: one that stands still cannot set its clock",
+            "add --run-state running, or leave --sync-time out",
+        )
+    elif found.agent.problem:
+        yield Blocker(found.agent.problem, f"{found.agent.remedy}; or leave --sync-time out")
 
 
 # --- preflight -----------------------------------------------------------------------------------
@@ -277,6 +312,8 @@ def _steps(
     yield RecordRestored(active, before, manifest.id, record.parent)
     if run_state == "running":
         yield LetRun()
+    if run_state == "running" and request.sync_time:
+        yield SetClock(found.agent.socket)
     if request.discard_current:
         inside = tuple(
             (disk.active, names.internal_name(left_behind))

@@ -53,7 +53,7 @@ from calotype.model.vm import Process
 from calotype.plan import window
 from calotype.plan.steps import Step
 from calotype.plan.window import Command, Input, Output, Window
-from calotype.qemu import guarding, migration, monitor, observe
+from calotype.qemu import freezing, guarding, migration, monitor, observe
 from calotype.qemu.process import start_ticks
 from calotype.store.files import host_errors
 from calotype.store.journal import Journal
@@ -77,13 +77,13 @@ def _signal_qemu(number: signal.Signals) -> None:
 
 
 def _kill_guard() -> None:
-    for command in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            is_guard = guard.__file__.encode() in command.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if is_guard:
-            os.kill(int(command.parent.name), signal.SIGKILL)
+    """Kill the guards that this very process has posted, and nobody else's."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            words = (stat.parent / "cmdline").read_bytes().split(b"\0")
+            if parent == os.getpid() and guard.__file__.encode() in words:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
 def _fail(number: int) -> None:
@@ -190,6 +190,7 @@ def take_out(mechanism: str) -> None:
             _ABANDON_EFFECTS[kind] = Effect(_do_nothing)
     if mechanism == "guard":
         guarding.posted = _no_guard  # type: ignore[assignment]
+        vars(freezing)["posted_at_agent"] = _no_guard
     if mechanism == "sweep":
         _replace(Store, sweep=lambda store, vm_id: None)  # noqa: ARG005 - its signature
         observe.sweep = _do_nothing  # type: ignore[assignment]
@@ -200,7 +201,7 @@ async def _do_nothing(*_: object) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _no_guard(_: Path) -> AsyncIterator["_NoGuard"]:
+async def _no_guard(_: object) -> AsyncIterator["_NoGuard"]:
     yield _NoGuard()
 
 
@@ -212,6 +213,10 @@ class _NoGuard:
 
     async def stand_down(self) -> None:
         """Do nothing."""
+
+    async def act(self, patience_s: float) -> bool:
+        """Do nothing."""
+        return patience_s > 0
 
 
 def main(words: Sequence[str]) -> None:

@@ -428,7 +428,7 @@ def _restorable(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     plan = RestorePlan(SNAPSHOT, "b" * 16, True, "running", {}, (), ())
 
     async def restore(*_: Any) -> operations.Restored:
-        return operations.Restored(manifest, plan, 1.0)
+        return operations.Restored(manifest, plan, 1.0, 2.0, False, ())
 
     monkeypatch.setattr(operations, "restore", restore)
 

@@ -30,6 +30,7 @@ from calotype.plan.steps import (
     PassInstant,
     RecordRestored,
     RecordStarted,
+    SetClock,
     StartQemu,
 )
 
@@ -56,6 +57,7 @@ RESTORE: tuple[AnyStep, ...] = (
     LetRun(),
     DISCARD,
 )
+WITH_CLOCK = (*RESTORE[:7], SetClock("/vm/agent.sock"), DISCARD)
 TO_PAUSED = (*RESTORE[:6], DISCARD)
 TO_OFF = (OVERLAY, CommitLeftBehind(OTHER), RECORD, DISCARD)
 STARTING: tuple[AnyStep, ...] = (
@@ -69,6 +71,7 @@ DELETE: tuple[AnyStep, ...] = (DISCARD, FreezeImages({}))
 OPERATIONS: dict[str, tuple[OperationKind, tuple[AnyStep, ...]]] = {
     "take": ("take", TAKE),
     "restore": ("restore", RESTORE),
+    "restore with the clock": ("restore", WITH_CLOCK),
     "restore to paused": ("restore", TO_PAUSED),
     "restore to off": ("restore", TO_OFF),
     "start": ("start", STARTING),
