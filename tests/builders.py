@@ -21,6 +21,7 @@ from calotype.model.snapshot import (
     Timings,
 )
 from calotype.model.vm import (
+    AgentFacts,
     DiskFacts,
     DiskRecord,
     Facts,
@@ -33,7 +34,7 @@ from calotype.model.vm import (
     VmRecord,
 )
 from calotype.plan.compose import Outcome
-from calotype.plan.restore import Found, Running
+from calotype.plan.restore_plan import Found, Running
 from calotype.plan.steps import AwaitSave, Commit, MakeSnapshotFolder
 from calotype.store.journal import Began
 
@@ -178,6 +179,13 @@ def make_host(**changes: Any) -> HostFacts:
         huge_bytes=GIB,
     )
     return _changed(host, changes)
+
+
+def make_agent(**changes: Any) -> AgentFacts:
+    """An agent that answers and does all that is asked of it."""
+    verbs = ("freeze", "status", "thaw")
+    commands = tuple(f"guest-fsfreeze-{verb}" for verb in verbs)
+    return _changed(AgentFacts("/vm/agent.sock", version="10.0.0", commands=commands), changes)
 
 
 def make_facts(disks: Iterable[DiskFacts] | None = None, **changes: Any) -> Facts:

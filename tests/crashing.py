@@ -16,9 +16,11 @@ from typing import Any
 
 from calotype.qemu import process
 from calotype.store.store import Store
+from calotype.testing.agent_vm import SOCKET, agent_port
 from calotype.testing.machine import Machine, wait
 from calotype.testing.whole import is_on, picture
 from deleting import DOOMED, NOW, Contents, contents, merge_at_rest, merge_under_a_guest, unknown
+from fake_agent import FakeAgent
 
 DISKS = ("zero.qcow2", "one.qcow2", "two.qcow2")
 Done = Callable[[str], dict[str, Any]]
@@ -27,7 +29,25 @@ OLD, NEW = 0x21, 0x42
 
 
 class Subject(Machine):
-    """A machine whose disks are written to from outside, as a guest would."""
+    """A machine whose disks are written to from outside, as a guest would.
+
+    Attributes:
+        agent: The agent in its guest, if it has one: it is played, on the socket that QEMU made.
+    """
+
+    agent: FakeAgent | None = None
+
+    def give_agent(self) -> FakeAgent:
+        """Start it with a port for an agent, and an agent behind it."""
+        self.calotype("run", self.name, "--", *self.argv(more=agent_port(SOCKET)))
+        self.agent = FakeAgent(self.folder / SOCKET)
+        return self.agent
+
+    def clean_up(self) -> None:
+        """End its agent too."""
+        super().clean_up()
+        if self.agent is not None:
+            self.agent.end()
 
     def write(self, pattern: int, at_mib: int) -> None:
         """Write 64 KiB of *pattern* to each disk, as its guest would."""
@@ -98,6 +118,12 @@ def _write_old(vm: Subject) -> None:
     vm.write(OLD, 1)
 
 
+def _write_old_with_agent(vm: Subject) -> None:
+    vm.stop()
+    vm.give_agent()
+    vm.write(OLD, 1)
+
+
 def _move_on(vm: Subject) -> None:
     """Three disks whose parts lie in every kind of place, and newer content in each; then off."""
     vm.write(OLD, 1)
@@ -139,6 +165,13 @@ OPERATIONS = {
         "MakeSnapshotFolder", *["CreateOverlay"] * 3, *["OpenOverlay"] * 3,
         "RecordAhead", "OpenState", "SetMigration", "FlushImages", "PassInstant", "AwaitSave",
         "PutBackMigration", "CloseState", "FreezeImages", "Commit",
+    ),
+    "take quiesced": Operation(
+        ("take", "small", "--machine-state", "none", "--quiesce", "--disk", "virtio1=internal",
+         "--disk", "virtio2=skip"),
+        _write_old_with_agent,
+        "MakeSnapshotFolder", "CreateOverlay", "OpenOverlay", "RecordAhead", "FlushImages",
+        "FreezeFileSystems", "PassInstant", "ThawFileSystems", "FreezeImages", "Commit",
     ),
     "restore": Operation(
         ("restore", "small", "--tag", "one"), _move_on,
@@ -250,6 +283,7 @@ def cell(vm: Subject, done: Done, name: str, moment: str, deed: str) -> str:
         assert struck.returncode == -signal.SIGKILL, said
     else:
         assert struck.returncode in (0, 6, 7, 8, 9), said
+    assert vm.agent is None or vm.agent.is_thawed(), "the guest's file systems stay frozen"
     wrote_on = write_on(vm) if "restore" not in name else False
     vm.calotype("recover", "small")
     state = whole(vm, before, after, may_be_off=deed == "kill-qemu")

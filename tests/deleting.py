@@ -15,7 +15,7 @@ from calotype.engine import deletion, operations
 from calotype.model.snapshot import StorageKind
 from calotype.model.vm import Image
 from calotype.plan.delete import DeleteRequest
-from calotype.plan.restore import RestoreRequest
+from calotype.plan.restore_plan import RestoreRequest
 from calotype.plan.take_plan import TakeRequest
 from calotype.store import images
 from calotype.store.store import Store

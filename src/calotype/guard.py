@@ -1,4 +1,4 @@
-"""The guard: a small process that ends a pause whose owner died, hangs or was stopped.
+"""The guard: a small process that ends a pause or a freeze whose owner died, hangs or was stopped.
 
 It is started before the pause, with a QMP connection of its own to the VM and a socket to the
 owner, and stays out of the way: a session of its own, so that what ends the owner's terminal does
@@ -35,7 +35,14 @@ open in QEMU, so it can be borrowed from outside and the protection be taken off
 still under way fails by that, because QEMU cannot un-protect what is not protected; so none whose
 pages changed too early is ever complete.
 
+A *freeze* of the guest's file systems is guarded the same way, but what ends it is the agent in the
+guest. The guard has the owner's own connection to it, not another one: the agent serves one client,
+also one that was stopped, and what the owner had sent comes before what the guard sends. An agent
+that hangs is asked for minutes, and so is one that died and may be started again: it comes back in
+the frozen state (qga/main.c, ga_set_frozen, which leaves a file).
+
 Run as: python -m calotype.guard QMP-FD OWNER-FD [NEW-QMP-FD NEW-PID-FD]
+or as:  python -m calotype.guard --thaw AGENT-FD OWNER-FD
 """
 
 import contextlib
@@ -48,17 +55,25 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 READY, ARMED, STAND_DOWN = b"READY\n", b"ARMED\n", b"STAND DOWN\n"
 ARM = b"ARM "
+THAW = "--thaw"
 
 RESCUE_S = 30.0
 """How long it is tried to let the guest run."""
 STEADY = 8
 """How many looks in a row must find the guest running."""
 LOOK_S = 0.02
+
+THAW_S = 600.0
+"""How long it is tried to thaw the guest's file systems."""
+AGAIN_S = 2.0
+"""How long the agent may be silent before it is asked again."""
+HEARD_BYTES = 1 << 16
+"""How much of what the agent says is kept."""
 
 _AT_REST = frozenset({"paused", "postmigrate", "finish-migrate", "prelaunch"})
 
@@ -90,6 +105,55 @@ class Qemu:
             if "return" in message or "error" in message:
                 return message.get("return")
         raise ConnectionError("QEMU is gone")
+
+
+class Agent:
+    """The owner's connection to the agent in the guest, each wait bounded."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(AGAIN_S)
+        self._connection = connection
+
+    def thaw(self) -> None:
+        """Ask until the agent says that nothing is frozen."""
+        until = time.monotonic() + THAW_S
+        while time.monotonic() < until:
+            with contextlib.suppress(TimeoutError):
+                if self._says_thawed():
+                    return
+
+    def _says_thawed(self) -> bool:
+        number = time.monotonic_ns()
+        sync = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
+        orders = [sync, {"execute": "guest-fsfreeze-thaw"}, {"execute": "guest-fsfreeze-status"}]
+        lines = b"".join(json.dumps(order).encode() + b"\n" for order in orders)
+        self._connection.sendall(b"\xff" + lines)
+        heard = b""
+        deadline = time.monotonic() + AGAIN_S
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([self._connection], [], [], left)[0]:
+                heard = (heard + self._hear())[-HEARD_BYTES:]
+                answers = [returned(line) for line in heard.rpartition(b"\xff")[2].splitlines()]
+                if answers[:1] == [number] and "thawed" in answers:
+                    return True
+        return False
+
+    def _hear(self) -> bytes:
+        try:
+            heard = self._connection.recv(HEARD_BYTES)
+        except BlockingIOError:  # the owner was quicker
+            return b""
+        if not heard:
+            raise ConnectionError("QEMU is gone")
+        return heard
+
+
+def returned(line: bytes) -> Any:
+    """The value that an answer of the agent's returns, None if it is none."""
+    try:
+        return json.loads(line)["return"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 class Orders:
@@ -258,20 +322,37 @@ def complete(qemu: Qemu, job: str, until: float) -> None:
 
 
 def main() -> None:
-    """Guard one pause."""
-    qmp_fd, owner_fd, *new_fds = map(int, sys.argv[1:])
-    with socket.socket(fileno=qmp_fd) as connection, socket.socket(fileno=owner_fd) as owner:
-        qemu = Qemu(connection)
-        with contextlib.suppress(OSError, ValueError):  # one of them is gone, be it in mid-word
-            qemu.greet()
-            if new_fds:
-                new = Qemu(socket.socket(fileno=new_fds[0]))
-                new.greet()
-            orders = watch(owner)
-            if orders is not None and orders.handover is not None:
-                take_side(qemu, new, new_fds[1], orders.handover)
-            elif orders is not None:
-                rescue(qemu, orders.switch, orders.forgetful)
+    """Guard one pause, or one freeze."""
+    words = sys.argv[1:]
+    line_fd, owner_fd, *new_fds = (int(word) for word in words if word != THAW)
+    with (
+        socket.socket(fileno=line_fd) as connection,
+        socket.socket(fileno=owner_fd) as owner,
+        contextlib.suppress(OSError, ValueError),  # one of them is gone, be it in mid-word
+    ):
+        if THAW in words:
+            guard_freeze(Agent(connection), owner)
+        else:
+            guard_pause(Qemu(connection), owner, new_fds)
+
+
+def guard_freeze(agent: Agent, owner: socket.socket) -> None:
+    """Thaw if the owner does not."""
+    if watch(owner) is not None:
+        agent.thaw()
+
+
+def guard_pause(qemu: Qemu, owner: socket.socket, new_fds: Sequence[int]) -> None:
+    """Let the guest run if the owner does not; in a handover, one of the two."""
+    qemu.greet()
+    if new_fds:
+        new = Qemu(socket.socket(fileno=new_fds[0]))
+        new.greet()
+    orders = watch(owner)
+    if orders is not None and orders.handover is not None:
+        take_side(qemu, new, new_fds[1], orders.handover)
+    elif orders is not None:
+        rescue(qemu, orders.switch, orders.forgetful)
 
 
 if __name__ == "__main__":

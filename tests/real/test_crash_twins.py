@@ -86,6 +86,29 @@ def is_seen(vm: Subject, name: str, moment: str, mechanism: str) -> bool:
     return picture(vm) != before
 
 
+@pytest.mark.parametrize("moment", ["done:5", "done:6"])
+def test_file_systems_stay_frozen_without_a_guard_and_without_their_undo(
+    subject: Subject, moment: str
+) -> None:
+    OPERATIONS["take quiesced"].prepare(subject)
+    assert subject.agent
+    subject.killed_at(moment, OPERATIONS["take quiesced"].words, without="guard")
+    assert subject.agent.frozen
+    without = "FreezeFileSystems,ThawFileSystems"
+    recovering = subject.struck("never", "kill-self", ("recover", "small"), without=without)
+    recovering.communicate(timeout=60)
+    assert subject.agent.frozen
+
+
+def test_recover_thaws_what_no_guard_has_thawed(subject: Subject) -> None:
+    OPERATIONS["take quiesced"].prepare(subject)
+    assert subject.agent
+    subject.killed_at("done:5", OPERATIONS["take quiesced"].words, without="guard")
+    assert subject.agent.frozen
+    subject.calotype("recover", "small")
+    assert not subject.agent.frozen
+
+
 def test_the_guest_stands_still_without_a_guard(subject: Subject) -> None:
     OPERATIONS["take"].prepare(subject)
     words = OPERATIONS["take"].words

@@ -14,6 +14,7 @@ import pytest
 from builders import (
     OTHER,
     disk_path,
+    make_agent,
     make_disk,
     make_disk_record,
     make_facts,
@@ -32,7 +33,8 @@ from calotype.errors import FAMILIES, CalotypeError
 from calotype.model.vm import Image
 from calotype.plan import steps
 from calotype.plan.crashes import CRASHES
-from calotype.plan.restore import RestoreRequest, plan_restore
+from calotype.plan.restore import plan_restore
+from calotype.plan.restore_plan import RestoreRequest
 from calotype.plan.steps import AnyStep, Define, LetRun, RecordStarted, StartQemu, Step
 from calotype.plan.take import plan_take
 from calotype.plan.take_plan import TakeRequest
@@ -275,10 +277,10 @@ def step_kinds() -> set[type[Step]]:
 
 def taken() -> set[type[Step]]:
     """What the plans of a take are made of, over every kind and method."""
-    facts = make_facts([make_disk(0), make_disk(1)])
+    facts = make_facts([make_disk(0), make_disk(1)], agent=make_agent())
     record = make_record([make_disk_record(0), make_disk_record(1)])
     requests = [
-        TakeRequest(machine_state, method, disks={"disk1": kind})
+        TakeRequest(machine_state, method, disks={"disk1": kind}, quiesce=True)
         for machine_state in ("external", "none")
         for method in ("live", "paused")
         for kind in ("external", "internal", "skip")
@@ -294,12 +296,14 @@ def restored() -> set[type[Step]]:
     moved_on = Image(f"{disk_path(1)}.{OTHER}.qcow2", "qcow2")
     disks = [make_disk_record(0), make_disk_record(1, active=moved_on)]
     record = make_record([*disks, make_disk_record(2), make_disk_record(3)])
-    found = make_found(manifest, record)
+    found = make_found(manifest, record, agent=make_agent())
     plans = [
         plan_restore(manifest, record, found, request, OTHER, running)
         for run_state in ("running", "paused")
         for discard in (True, False)
-        for request in (RestoreRequest(run_state, discard, keep_current=not discard),)
+        for request in (
+            RestoreRequest(run_state, discard, keep_current=not discard, sync_time=True),
+        )
         for running in (None, make_running())
     ]
     return {type(step) for plan in plans for step in plan.steps}

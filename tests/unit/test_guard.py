@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 
 from calotype import guard
+from calotype.formats.guest_agent import request
 from calotype.guard import ARMED, READY, STAND_DOWN, STEADY
+from calotype.qemu.monitor import open_socket
+from fake_agent import FakeAgent
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -545,3 +548,126 @@ def test_the_guard_does_its_work_where_it_may_not_look_into_qemu(posted: Posted)
     owner.arm(0.05, forgetful=gone.pid)
     assert_quiet_end(owner, qemu)
     assert_rescued(qemu)
+
+
+# --- a freeze ------------------------------------------------------------------------------------
+
+
+class Freezer:
+    """The one who has frozen the guest's file systems, and the guard that shares its connection."""
+
+    def __init__(self, agent: FakeAgent, path: Path) -> None:
+        self.agent = agent
+        self.connection = open_socket(path)
+        self.connection.settimeout(PATIENCE_S)
+        self.line, theirs = socket.socketpair()
+        self.line.settimeout(PATIENCE_S)
+        descriptors = (self.connection.fileno(), theirs.fileno())
+        self.guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, "--thaw", *map(str, descriptors)],
+            pass_fds=descriptors,
+            stderr=subprocess.PIPE,
+        )
+        theirs.close()
+
+    def freeze(self) -> None:
+        self.connection.sendall(request("guest-fsfreeze-freeze"))
+        assert self.connection.recv(64) == b'{"return": 2}\n'
+
+    def arm(self, limit_s: float = PATIENCE_S) -> None:
+        assert self.line.recv(64) == READY
+        orders = {"seconds": limit_s, "switch": None, "handover": None, "forgetful": None}
+        self.line.sendall(guard.ARM + json.dumps(orders).encode() + b"\n")
+        assert self.line.recv(64) == ARMED
+
+    def assert_quiet_end(self) -> None:
+        assert self.guard.stderr
+        assert self.guard.wait(PATIENCE_S) == 0, self.guard.stderr.read()
+        assert self.guard.stderr.read() == b""
+
+
+@pytest.fixture
+def freezer(tmp_path: Path) -> Iterator[Freezer]:
+    agent = FakeAgent(tmp_path / "agent.sock")
+    freezer = Freezer(agent, tmp_path / "agent.sock")
+    yield freezer
+    freezer.line.close()
+    freezer.connection.close()
+    freezer.guard.kill()
+    freezer.guard.communicate(timeout=PATIENCE_S)
+    agent.end()
+
+
+def test_what_is_frozen_is_thawed_if_the_owner_hangs_up(freezer: Freezer) -> None:
+    freezer.arm()
+    freezer.freeze()
+    freezer.line.close()
+    freezer.assert_quiet_end()
+    assert not freezer.agent.frozen
+
+
+def test_what_is_frozen_is_thawed_if_the_owner_hangs(freezer: Freezer) -> None:
+    freezer.arm(0.2)
+    freezer.freeze()
+    freezer.assert_quiet_end()
+    assert not freezer.agent.frozen
+
+
+def test_a_freeze_that_is_carried_out_late_is_thawed_all_the_same(freezer: Freezer) -> None:
+    def freeze_slowly(_: socket.socket) -> bytes:
+        time.sleep(0.5)
+        freezer.agent.frozen = 2
+        return b'{"return": 2}\n'
+
+    freezer.agent.instead["guest-fsfreeze-freeze"] = freeze_slowly
+    freezer.arm(0.1)
+    freezer.connection.sendall(request("guest-fsfreeze-freeze"))
+    freezer.assert_quiet_end()
+    assert not freezer.agent.frozen
+
+
+def test_an_agent_that_does_not_answer_is_asked_again(freezer: Freezer) -> None:
+    freezer.arm()
+    freezer.freeze()
+    freezer.agent.instead["guest-fsfreeze-thaw"] = lambda _: freezer.agent.instead.clear()
+    freezer.line.close()
+    freezer.assert_quiet_end()
+    assert freezer.agent.asked.count("guest-fsfreeze-thaw") == 2
+    assert not freezer.agent.frozen
+
+
+def test_noise_of_the_agent_does_not_end_the_guard(freezer: Freezer) -> None:
+    freezer.arm()
+    freezer.freeze()
+
+    def noise(_: socket.socket) -> bytes:
+        freezer.agent.instead.clear()
+        return b"[" * 100_000 + b'\n"thawed"\n\xff{"return": 1}\n{"return": "thawed"}\n'
+
+    freezer.agent.instead["guest-fsfreeze-thaw"] = noise
+    freezer.line.close()
+    freezer.assert_quiet_end()
+    assert not freezer.agent.frozen
+
+
+def test_who_thaws_by_himself_tells_the_guard_to_stand_down(freezer: Freezer) -> None:
+    freezer.arm()
+    freezer.freeze()
+    freezer.line.sendall(STAND_DOWN)
+    freezer.assert_quiet_end()
+    assert freezer.agent.frozen, "it was none of its business"
+
+
+def test_a_guard_of_a_freeze_that_never_began_says_nothing_to_the_agent(freezer: Freezer) -> None:
+    assert freezer.line.recv(64) == READY
+    freezer.line.close()
+    freezer.assert_quiet_end()
+    assert freezer.agent.asked == []
+
+
+def test_a_qemu_that_dies_with_file_systems_frozen_is_the_end(freezer: Freezer) -> None:
+    freezer.arm()
+    freezer.freeze()
+    freezer.agent.end()
+    freezer.line.close()
+    freezer.assert_quiet_end()

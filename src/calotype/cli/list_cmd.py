@@ -127,7 +127,7 @@ def _label(entry: "SnapshotEntry | None") -> str:
     words = [entry.id, entry.instant[:19].replace("T", " ")]
     if entry.tag:
         words.append(repr(entry.tag))
-    words.append(entry.method)
+    words += [entry.method, f"{entry.consistency}-consistent"]
     if entry.machine_state != "none":
         words.append(size(entry.bytes))
     if entry.pause_ms is not None:

@@ -299,6 +299,18 @@ def size(count: int) -> str:
     return f"{amount:.1f} GiB"
 
 
+def duration(seconds: float) -> str:
+    """A time span for people: its two greatest units, or a fraction of a second."""
+    if seconds < 60:  # noqa: PLR2004 - the unit's own step
+        return f"{seconds:.1f} s"
+    left = round(seconds)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        parts += [f"{count} {unit}"] if count or parts else []
+    return " ".join(parts[:2])
+
+
 def is_terminal() -> bool:
     """Whether somebody watches standard error."""
     is_open = sys.stderr is not None  # Python has none where the descriptor is closed

@@ -1,15 +1,16 @@
 """`calotype restore`: put a VM back to a snapshot."""
 
 import shlex
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from calotype.cli.output import UNDONE, Settings, common, run_async, say, snapshot_choice
+from calotype.cli.output import UNDONE, Settings, common, duration, run_async, say, snapshot_choice
 
 if TYPE_CHECKING:
     from calotype.engine.operations import Restored
-    from calotype.plan.restore import RestorePlan
+    from calotype.plan.restore_plan import RestorePlan
 
 
 @click.command("restore")
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Save and end a VM that runs before anything else; a failure brings it back.",
 )
+@click.option(
+    "--sync-time",
+    is_flag=True,
+    help="Have the guest's agent set its clock, which stood still since the snapshot.",
+)
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the restored id alone.")
 @common
@@ -56,6 +62,7 @@ def command(
     accept_touched: bool,
     keep_current: bool,
     stop_first: bool,
+    sync_time: bool,
     plan_only: bool,
     quiet: bool,
 ) -> None:
@@ -69,12 +76,12 @@ def command(
     """
     from calotype.engine import operations  # noqa: PLC0415
     from calotype.engine.select import select  # noqa: PLC0415
-    from calotype.plan.restore import RestoreRequest  # noqa: PLC0415
+    from calotype.plan.restore_plan import RestoreRequest  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path, make=False)
     entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
-    request = RestoreRequest(run_state, discard_current, accept_touched, keep_current)
+    request = RestoreRequest(run_state, discard_current, accept_touched, keep_current, sync_time)
     if plan_only:
         _say_plan(
             settings, name, run_async(operations.restore_plan_only(store, name, entry.id, request))
@@ -112,6 +119,9 @@ def _say_restored(
         "pause_ms": None if restored.pause_ms is None else round(restored.pause_ms, 1),
         "left_behind": left,
         "undo": undo or None,
+        "clock_behind_s": restored.clock_behind_s,
+        "is_clock_set": restored.is_clock_set,
+        "warnings": restored.warnings,
     }
     if quiet:
         lines = [plan.snapshot]
@@ -119,6 +129,8 @@ def _say_restored(
         lines = [f"{name} is {plan.run_state}, restored in {restored.restore_ms:.0f} ms"]
         if restored.pause_ms is not None:
             lines[0] += f"; nobody ran for {restored.pause_ms:.0f} ms"
+        lines += _clock_lines(restored)
+        lines += [f"warning: {warning}" for warning in restored.warnings]
         what = "what was" if has_state else "the disks"
         lines += [f"to go back to {what} left behind:", " && ".join(map(shlex.join, undo))] * bool(
             undo
@@ -146,3 +158,15 @@ def _say_plan(settings: Settings, name: str, plan: "RestorePlan") -> None:
         "steps": [type(step).__name__ for step in plan.steps],
     }
     say(settings, told, lines)
+
+
+def _clock_lines(restored: "Restored") -> Iterator[str]:
+    """By how much the guest's clock is behind, if its RAM is from the past."""
+    if restored.clock_behind_s is None:
+        return
+    behind = duration(restored.clock_behind_s)
+    if restored.is_clock_set:
+        yield f"the guest's clock was {behind} behind, and was set"
+    else:
+        stands = "" if restored.plan.run_state == "running" else ", and stands still"
+        yield f"the guest's clock is {behind} behind{stands}"

@@ -45,7 +45,11 @@ def command(
     frozen = [
         part.image.path for part in manifest.storage if part.kind == "external" and part.image
     ]
-    shown = {**msgspec.to_builtins(manifest), "is_protected": labels.is_protected}
+    shown = {
+        **msgspec.to_builtins(manifest),
+        "consistency": manifest.consistency,
+        "is_protected": labels.is_protected,
+    }
     told = {"snapshot": shown, "protection": _protection(frozen)}
     protected = ["protected from being deleted"] * labels.is_protected
     say(settings, told, [*_snapshot_lines(manifest), *protected])
@@ -70,6 +74,7 @@ def _snapshot_lines(manifest: "Manifest") -> Iterator[str]:
     if manifest.description:
         yield repr(manifest.description)
     yield f"instant: {manifest.instant}, {manifest.method}, the VM was {manifest.run_state}"
+    yield f"{manifest.consistency}-consistent: {_CONSISTENCIES[manifest.consistency]}"
     yield f"parent: {manifest.parent or 'none'}"
     state = manifest.machine_state
     yield f"machine state: {size(manifest.bytes_written) + ', ' + state.type if state else 'none'}"
@@ -87,6 +92,13 @@ def _snapshot_lines(manifest: "Manifest") -> Iterator[str]:
     for phase, spent_ms in manifest.timings.phases_ms.items():
         yield f"  {phase}: {spent_ms:.1f} ms"
     yield f"taken of: {shlex.join(manifest.argv)}"
+
+
+_CONSISTENCIES = {
+    "machine": "the guest goes on where it was",
+    "filesystem": "the guest boots, and finds its file systems in order",
+    "crash": "the guest boots, and finds what a power failure leaves",
+}
 
 
 def _part_words(part: "StoragePart") -> str:

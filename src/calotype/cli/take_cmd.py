@@ -57,6 +57,19 @@ _KINDS = ("external", "internal", "skip")
     metavar="NODE=KIND",
     help="How one disk is snapshotted: external (the default), internal or skip. Repeatable.",
 )
+@click.option(
+    "--quiesce",
+    is_flag=True,
+    help="Have the guest's agent freeze its file systems meanwhile; for disks alone.",
+)
+@click.option(
+    "--freeze-limit",
+    type=Finite(min=1.0),
+    default=10_000.0,
+    show_default=True,
+    metavar="MS",
+    help="Give up, and thaw them, if they are frozen for longer.",
+)
 @click.option("--plan", "plan_only", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the new id alone.")
 @common
@@ -69,6 +82,8 @@ def command(
     method: Any,
     pause_limit: float,
     disks: tuple[str, ...],
+    quiesce: bool,
+    freeze_limit: float,
     plan_only: bool,
     quiet: bool,
 ) -> None:
@@ -86,7 +101,9 @@ def command(
     names.check_description(description)
     _refuse_contradiction(machine_state, method)
     store = Store(settings.store_path, make=False)
-    request = TakeRequest(machine_state, method, pause_limit, _disk_kinds(disks))
+    request = TakeRequest(
+        machine_state, method, pause_limit, _disk_kinds(disks), quiesce, freeze_limit
+    )
     if plan_only:
         plan = run_async(operations.plan_only(store, name, request))
         _say_plan(settings, name, plan)
@@ -172,10 +189,14 @@ def _say_taken(settings: Settings, manifest: "Manifest", quiet: bool) -> None:
         "total_ms": timings.total_ms,
         "bytes": manifest.bytes_written,
         "parts": {part.disk: part.kind for part in manifest.storage},
+        "consistency": manifest.consistency,
     }
     pause = "the guest was not stopped" if timings.pause_ms is None else (
         f"pause {timings.pause_ms:.1f} ms"
     )  # fmt: skip
+    if manifest.quiesced is not None:
+        count, frozen_ms = manifest.quiesced.file_systems, manifest.quiesced.frozen_ms
+        pause += f", its {count} file systems were frozen for {frozen_ms:.0f} ms"
     line = (
         f"{manifest.id}  {pause}, {size(manifest.bytes_written)} in {timings.total_ms / 1000:.1f} s"
     )

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Iterable
 from pathlib import Path
 
+from calotype.engine.agent_effects import thaw
 from calotype.engine.disk_effects import delete_inside
 from calotype.engine.switching import record_newest, switch, unheard
 from calotype.engine.world import Effect, Effects, World
@@ -20,6 +21,7 @@ from calotype.plan.steps import (
     MergeBackOffline,
     PassInstant,
     SwitchToOverlay,
+    ThawFileSystems,
 )
 from calotype.qemu import image_tool, live_merge, migration, process
 from calotype.qemu.monitor import Monitor
@@ -125,6 +127,7 @@ async def _delete_made(world: World, step: DeleteMade) -> None:
 
 ABANDON_EFFECTS: Effects = {
     EndPause: Effect(_end_pause),
+    ThawFileSystems: Effect(thaw),
     MergeBack: Effect(_merge_back),
     MergeBackOffline: Effect(_merge_back_offline),
     DeleteMade: Effect(_delete_made),

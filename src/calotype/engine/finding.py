@@ -7,6 +7,7 @@ found all the same: that it is another thing now is for the preflight to say.
 from pathlib import Path
 
 from calotype.engine import launch
+from calotype.engine.agents import where
 from calotype.errors import CalotypeError
 from calotype.formats import argv as command_line
 from calotype.formats.argv import CommandLine, Endpoint
@@ -14,7 +15,7 @@ from calotype.model.acts import exchange
 from calotype.model.identity import Format, Identity
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import VmRecord
-from calotype.plan.restore import Definition, Found, Running
+from calotype.plan.restore_plan import Definition, Found, Running
 from calotype.qemu import observe
 from calotype.qemu.monitor import Monitor
 from calotype.store import images
@@ -36,6 +37,7 @@ def find(store: Store, record: VmRecord, manifest: Manifest, definition: Definit
         state=identify(state_path, "raw") if state else None,
         modes={path: images.mode(Path(path)) for path in active if Path(path).exists()},
         kept_paths=frozenset(_kept_paths(store, record)),
+        agent=where(record),
     )
 
 

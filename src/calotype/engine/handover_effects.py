@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -102,6 +103,7 @@ async def _go_over(
             record_disks(world, step.active, step.parent)
             if step.let_run:
                 await let_run(monitors["new"])
+                world.let_run_at = datetime.now(UTC)
     except TimeoutError as error:
         raise QemuError(
             f"the VM could not go over within {OWN_LIMIT_S:g} s", "try again, or give --stop-first"

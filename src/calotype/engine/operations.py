@@ -13,12 +13,13 @@ joins; what the steps are and in which order, in `calotype.plan`.
 import contextlib
 import secrets
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from calotype.engine import defining, finding, launch
+from calotype.engine import agents, defining, finding, launch
 from calotype.engine.changing import carry_out, changing
 from calotype.engine.execute import seen_through, shielded
 from calotype.engine.progress import Progress, silent
@@ -40,7 +41,8 @@ from calotype.formats.argv import CommandLine
 from calotype.model import names
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import Facts, Process, VmRecord
-from calotype.plan.restore import Definition, RestorePlan, RestoreRequest, plan_restore
+from calotype.plan.restore import plan_restore
+from calotype.plan.restore_plan import Definition, RestorePlan, RestoreRequest
 from calotype.plan.steps import Define, LetRun, RecordStarted, StartQemu, Step
 from calotype.plan.take import plan_take
 from calotype.plan.take_plan import TakePlan, TakeRequest, as_error
@@ -109,6 +111,8 @@ async def _observe_and_plan(
     store: Store, record: VmRecord, qemu: Process, monitor: Monitor, request: TakeRequest
 ) -> tuple[Facts, TakePlan]:
     facts = await observe.observe(monitor, record, qemu, store.root)
+    if request.quiesce and facts.run_state == "running":
+        facts = replace(facts, agent=await agents.look(record))
     return facts, plan_take(facts, record, request, secrets.token_hex(names.ID_LENGTH // 2))
 
 
@@ -132,6 +136,10 @@ class Restored(NamedTuple):
     restore_ms: float
     pause_ms: float | None
     """How long the going over took, of a VM that ran; None where it did not run."""
+    clock_behind_s: float | None
+    """By how much the guest's clock was behind when it was let run; None where it boots."""
+    is_clock_set: bool
+    warnings: tuple[str, ...]
 
 
 async def restore_plan_only(
@@ -170,6 +178,7 @@ async def restore(
         ConflictError: Somebody else is changing it.
         MismatchError: What is there is not what was recorded; nothing was changed.
         BlockedError: The VM runs, and a second QEMU cannot take its place; nothing was changed.
+        BlockedError: The guest's clock could not be set afterwards; nothing was changed.
         QemuError: QEMU did not start or could not load the state; all was undone.
     """
     async with changing(store, name, "restore", progress=progress) as record:
@@ -194,11 +203,27 @@ async def _restore(
     await carry_out(restoring, "restore", plan.left_behind, manifest.id, plan.steps)
     phases = restoring.phases_ms
     prepared = [spent for name, spent in phases.items() if name not in _AFTERWARDS]
-    return Restored(manifest, plan, sum(prepared), phases.get("HandOver"))
+    return Restored(
+        manifest,
+        plan,
+        sum(prepared),
+        phases.get("HandOver"),
+        _clock_behind_s(manifest, restoring.let_run_at),
+        request.sync_time and not restoring.warnings,
+        tuple(restoring.warnings),
+    )
 
 
-_AFTERWARDS = frozenset({"SaveLeftBehind", "EndOld"})
+_AFTERWARDS = frozenset({"SaveLeftBehind", "EndOld", "SetClock"})
 """What happens when the restored guest runs already."""
+
+
+def _clock_behind_s(manifest: Manifest, let_run_at: datetime | None) -> float | None:
+    """For how long a guest's clock stood still: from the instant until it ran again, or now."""
+    if manifest.machine_state is None:
+        return None
+    stood_still = (let_run_at or datetime.now(UTC)) - datetime.fromisoformat(manifest.instant)
+    return round(stood_still.total_seconds(), 3)
 
 
 async def _plan_restore(
@@ -219,7 +244,7 @@ def _blocked(record: VmRecord, plan: RestorePlan) -> BlockedError:
     first, more = plan.blockers[0], len(plan.blockers) - 1
     also = f" (and {more} more: see --plan)" if more else ""
     return BlockedError(
-        f"{record.name!r} runs, and cannot go over to {plan.snapshot}: {first.problem}{also}",
+        f"{record.name!r} cannot go to {plan.snapshot}: {first.problem}{also}",
         first.remedy,
         blockers=[[blocker.problem, blocker.remedy] for blocker in plan.blockers],
     )

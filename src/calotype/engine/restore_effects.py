@@ -15,6 +15,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from calotype.engine import launch
+from calotype.engine.agent_effects import set_clock
 from calotype.engine.disk_effects import chain_of
 from calotype.engine.handover_effects import LEFT_STATE
 from calotype.engine.progress import Progress
@@ -27,7 +28,7 @@ from calotype.model.acts import NEXT
 from calotype.model.snapshot import MachineStatePart, Manifest
 from calotype.model.vm import Process, VmRecord
 from calotype.plan.compose import Outcome, compose_left_behind
-from calotype.plan.restore import RestorePlan
+from calotype.plan.restore_plan import RestorePlan
 from calotype.plan.steps import (
     ApplyInside,
     CheckTopology,
@@ -37,6 +38,7 @@ from calotype.plan.steps import (
     LetRun,
     LoadState,
     RecordStarted,
+    SetClock,
     StartQemu,
 )
 from calotype.qemu import image_tool, migration, observe, process
@@ -180,6 +182,7 @@ async def _load_state(restoring: Restoring, step: LoadState) -> None:
 async def _let_run(world: World, _: LetRun) -> None:
     async with world.controlling() as monitor:
         await monitor.execute("cont")
+        world.let_run_at = datetime.now(UTC)
         status = await monitor.execute("query-status")
     if not status["running"]:
         raise QemuError(f"the guest does not run: it is {status['status']!r}", "see its log")
@@ -237,4 +240,5 @@ RESTORE_EFFECTS: Effects = {
     LoadState: Effect(_load_state),
     CommitLeftBehind: Effect(_commit_left_behind, _revoke_left_behind),
     LetRun: Effect(_let_run),
+    SetClock: Effect(set_clock),
 }

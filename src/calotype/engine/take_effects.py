@@ -14,25 +14,28 @@ from pathlib import Path
 
 from calotype.engine import launch
 from calotype.engine.abandon_effects import abandon_instant
+from calotype.engine.agent_effects import freeze, thaw
 from calotype.engine.disk_effects import chain_of
 from calotype.engine.progress import Progress
 from calotype.engine.world import Effect, Effects, World
 from calotype.errors import ConflictError, HostError, PauseLimitError, QemuError
 from calotype.model import names
-from calotype.model.snapshot import MachineStatePart, Manifest
+from calotype.model.snapshot import MachineStatePart, Manifest, Quiesced
 from calotype.model.vm import Facts, Process, VmRecord
 from calotype.plan.compose import Outcome, compose_taken
-from calotype.plan.restore import Definition
+from calotype.plan.restore_plan import Definition
 from calotype.plan.steps import (
     AwaitSave,
     CloseState,
     Commit,
     FlushImages,
+    FreezeFileSystems,
     OpenOverlay,
     OpenState,
     PassInstant,
     PutBackMigration,
     SetMigration,
+    ThawFileSystems,
     qmp_action,
 )
 from calotype.plan.take_plan import TakePlan
@@ -78,6 +81,7 @@ class Taking(World):
         self.accepted = Accepted(None, None)
         self.instant = datetime.now(UTC)
         self.machine_state: MachineStatePart | None = None
+        self.quiesced: Quiesced | None = None
         self.manifest: Manifest | None = None
 
     @property
@@ -238,6 +242,22 @@ def _death(record: VmRecord, seen: str) -> QemuError:
     )
 
 
+async def _thaw(taking: Taking, _: ThawFileSystems) -> None:
+    """Thaw right after the instant; it was quiesced if all had stayed frozen until now."""
+    held = taking.freeze
+    assert held is not None
+    thawed = await held.thaw()
+    taking.freeze, taking.is_thawed = None, True
+    if thawed != held.count:
+        raise QemuError(
+            f"of the guest's {held.count} frozen file systems {thawed} were still frozen when the"
+            " snapshot had been taken: somebody else had thawed them",
+            "see who in the guest does that, and try again",
+        )
+    agent = taking.facts.agent
+    taking.quiesced = Quiesced(held.count, held.frozen_ms, agent.version if agent else "")
+
+
 def _window_error(failed: Failed) -> QemuError | PauseLimitError:
     after = "the guest runs as before" if failed.settled else "QEMU did not confirm the run state"
     if failed.limit:
@@ -292,6 +312,7 @@ async def _commit(taking: Taking, step: Commit) -> None:
         internal=await asyncio.to_thread(find_internal, taking.facts, step.snapshot),
         total_ms=(now - taking.began) * 1000,
         phases_ms=taking.phases_ms,
+        quiesced=taking.quiesced,
     )
     taking.manifest = compose_taken(
         taking.plan,
@@ -325,7 +346,9 @@ TAKE_EFFECTS: Effects = {
     OpenState: Effect(_open_state, _drop_state),
     SetMigration: Effect(_set_migration, _unset_migration),
     FlushImages: Effect(_flush_images),
+    FreezeFileSystems: Effect(freeze, thaw),
     PassInstant: Effect(_pass_instant, abandon_instant),
+    ThawFileSystems: Effect(_thaw),
     AwaitSave: Effect(_await_save, _give_room_back),
     PutBackMigration: Effect(_put_back_migration),
     CloseState: Effect(_close_state),

@@ -8,6 +8,7 @@ begun the step is dead, and all that is left of it is its journal.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from datetime import datetime
 from typing import NamedTuple
 
 from calotype.engine import launch
@@ -15,6 +16,7 @@ from calotype.engine.progress import Progress, silent
 from calotype.errors import CalotypeError
 from calotype.model.vm import Process, VmRecord
 from calotype.plan.steps import Step
+from calotype.qemu.freezing import Freeze
 from calotype.qemu.monitor import Monitor
 from calotype.store.store import Store
 
@@ -46,6 +48,14 @@ class World:
         self.phases_ms: dict[str, float] = {}
         self.is_settled = False
         """Whether the run state is known to be what it was: then a pause need not be ended."""
+        self.freeze: Freeze | None = None
+        """The guest's file systems while we hold them frozen."""
+        self.is_thawed = False
+        """Whether they are known not to be frozen any more."""
+        self.let_run_at: datetime | None = None
+        """When a guest was let run."""
+        self.warnings: list[str] = []
+        """What did not work and is no failure."""
         self._monitor = monitor
         self._silence: CalotypeError | None = None
 

@@ -15,6 +15,8 @@ from calotype.model.vm import Image, ImageFacts, ReadOnlyDisk, RunState, Topolog
 StorageKind = Literal["external", "internal", "skip"]
 MachineStateKind = Literal["external", "none"]
 Method = Literal["live", "paused", "storage-only", "left-behind"]
+Consistency = Literal["machine", "filesystem", "crash"]
+"""What a guest finds: itself as it was; file systems in order; what a power failure leaves."""
 
 
 class StoragePart(Struct, frozen=True):
@@ -57,6 +59,16 @@ class Timings(Struct, frozen=True):
     phases_ms: dict[str, float]
 
 
+class Quiesced(Struct, frozen=True):
+    """The guest's file systems were frozen by its agent at the instant."""
+
+    file_systems: int
+    """How many."""
+    frozen_ms: float
+    agent: str
+    """The agent's version."""
+
+
 class Manifest(Struct, frozen=True):
     """All there is to say of a system snapshot."""
 
@@ -82,7 +94,15 @@ class Manifest(Struct, frozen=True):
     cwd: str
     qemu_version: tuple[int, int, int]
     timings: Timings
+    quiesced: Quiesced | None = None
     format: int = 1
+
+    @property
+    def consistency(self) -> Consistency:
+        """What the parts are worth to the guest that gets them."""
+        if self.machine_state is not None:
+            return "machine"
+        return "crash" if self.quiesced is None else "filesystem"
 
     @property
     def bytes_written(self) -> int:

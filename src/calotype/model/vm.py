@@ -183,6 +183,21 @@ class HostFacts(Struct, frozen=True):
     """How much of it is on transparent huge pages: cheap to protect."""
 
 
+class AgentFacts(Struct, frozen=True):
+    """The agent in the guest, as far as it was asked for; or why it cannot be reached."""
+
+    socket: str
+    """The path of the socket that leads to it; "" where the command line names none."""
+    problem: str = ""
+    """Why it cannot be asked; "" if it can."""
+    remedy: str = ""
+    version: str = ""
+    commands: tuple[str, ...] = ()
+    """The commands that it carries out."""
+    is_frozen: bool = False
+    """Whether file systems of the guest are frozen already."""
+
+
 class Facts(Struct, frozen=True):
     """One look at a running VM; taken by `observe`, never changed."""
 
@@ -204,3 +219,5 @@ class Facts(Struct, frozen=True):
     exports: tuple[Export, ...] = ()
     networks: tuple[str, ...] = ()
     """`name=type` of each end of a network, the guest's and the host's."""
+    agent: AgentFacts | None = None
+    """None where nobody needs it: then it is left alone."""

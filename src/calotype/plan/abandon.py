@@ -6,10 +6,10 @@ started since, or none; whether the guest writes to an overlay by now. The same 
 take fails and when `recover` finds one that was cut off, so it must be right for a pause that did
 not begin, was in its midst, or ended long ago.
 
-The guest comes first: it is let run before anything else. Then the disks, each on its own: what was
-written to an overlay is merged back into what it stands on (from one that is empty, nothing). An
-overlay that is not merged back is never let go of: the record names it, and it stays the newest
-image.
+The guest comes first: it is let run, and its file systems are thawed, before anything else. Then
+the disks, each on its own: what was written to an overlay is merged back into what it stands on
+(from one that is empty, nothing). An overlay that is not merged back is never let go of: the record
+names it, and it stays the newest image.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,6 +26,7 @@ from calotype.plan.steps import (
     SnapshotInside,
     Step,
     SwitchToOverlay,
+    ThawFileSystems,
 )
 
 Qemu = Literal["same", "other", "gone"]
@@ -58,6 +59,8 @@ def _steps(
 ) -> Iterator[Step]:
     if qemu == "same":
         yield EndPause(let_run, unprotect=instant.method == "live-storage-first")
+        if instant.agent:
+            yield ThawFileSystems(instant.agent)
     for action in reversed(instant.actions):
         match action:
             case SnapshotInside():

@@ -8,7 +8,7 @@ import posixpath
 from collections.abc import Callable, Iterator, Mapping
 
 from calotype.model.snapshot import MachineStateKind, StorageKind
-from calotype.model.vm import DiskFacts, Facts, VmRecord
+from calotype.model.vm import AgentFacts, DiskFacts, Facts, VmRecord
 from calotype.plan.kinds import Sort, Treatment, kind_of, treatment
 from calotype.plan.take_plan import (
     Blocker,
@@ -37,6 +37,8 @@ def blockers(
     yield from _storage_blockers(facts, record, disks)
     yield from _kind_blockers(facts, method)
     yield from _method_blockers(facts, method, request, estimate)
+    if request.quiesce:
+        yield from _quiesce_blockers(facts, method)
 
 
 def _request_blockers(facts: Facts, request: TakeRequest) -> Iterator[Blocker]:
@@ -205,6 +207,39 @@ def _method_blockers(
             f"the guest would stand still for about {estimate.pause_ms:.0f} ms,"
             f" the limit is {request.pause_limit_ms:.0f} ms",
             f"raise it (--pause-limit {2 * estimate.pause_ms:.0f}), or take it live",
+        )
+
+
+_FREEZING = ("guest-fsfreeze-freeze", "guest-fsfreeze-status", "guest-fsfreeze-thaw")
+_WITHOUT = "or leave --quiesce out"
+
+
+def _quiesce_blockers(facts: Facts, method: WindowMethod) -> Iterator[Blocker]:
+    if method != "storage-only":
+        yield Blocker(
+            "--quiesce is for disks alone: with the machine state nothing is left half written, for"
+            " what RAM holds for them is part of the snapshot",
+            "leave it out, or add --machine-state none",
+        )
+        return
+    if facts.run_state != "running":
+        yield Blocker(
+            "a guest that stands still cannot freeze its file systems", f"let it run, {_WITHOUT}"
+        )
+        return
+    agent = facts.agent or AgentFacts("", "the guest agent was not looked for", "try again")
+    if agent.problem:
+        yield Blocker(agent.problem, f"{agent.remedy}; {_WITHOUT}")
+        return
+    for command in sorted(set(_FREEZING) - set(agent.commands)):
+        yield Blocker(
+            f"the guest agent, version {agent.version}, does not carry out {command}",
+            f"let its configuration in the guest allow it, {_WITHOUT}",
+        )
+    if agent.is_frozen:
+        yield Blocker(
+            "file systems of the guest are frozen already, by somebody else",
+            "wait until they are thawed, or thaw them in the guest (fsfreeze --unfreeze)",
         )
 
 

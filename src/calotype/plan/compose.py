@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from calotype.model import names
-from calotype.model.snapshot import MachineStatePart, Manifest, StoragePart, Timings
+from calotype.model.snapshot import MachineStatePart, Manifest, Quiesced, StoragePart, Timings
 from calotype.model.vm import DiskFacts, Facts, Image, ImageFacts, RunState, VmRecord
-from calotype.plan.restore import Definition
+from calotype.plan.restore_plan import Definition
 from calotype.plan.steps import CommitLeftBehind
 from calotype.plan.take_plan import DiskPlan, TakePlan
 
@@ -25,6 +25,7 @@ class Outcome(Struct, frozen=True):
     """Id and digest of each internal snapshot that was made, by disk index."""
     total_ms: float
     phases_ms: dict[str, float]
+    quiesced: Quiesced | None = None
 
 
 def compose_taken(
@@ -64,6 +65,7 @@ def compose_taken(
         cwd=record.cwd,
         qemu_version=facts.version,
         timings=Timings(pause_ms, round(outcome.total_ms, 3), outcome.phases_ms),
+        quiesced=outcome.quiesced,
     )
 
 

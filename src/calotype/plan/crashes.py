@@ -24,6 +24,7 @@ from calotype.plan.steps import (
     EndPause,
     ExtractInside,
     FlushImages,
+    FreezeFileSystems,
     FreezeImages,
     HandOver,
     LetRun,
@@ -45,10 +46,12 @@ from calotype.plan.steps import (
     RemoveSnapshotFiles,
     Retarget,
     SaveLeftBehind,
+    SetClock,
     SetMigration,
     StartQemu,
     Step,
     TakePath,
+    ThawFileSystems,
 )
 
 
@@ -80,6 +83,11 @@ CRASHES: Mapping[type[Step], Crash] = {
         "lets the guest run, cancels the save, merges each overlay back (the guest running on; by"
         " qemu-img where QEMU died), deletes the internal snapshots",
     ),
+    FreezeFileSystems: Crash(
+        "file systems of the guest that are frozen until the guard has the agent thaw them",
+        "has the agent thaw them, in the same QEMU",
+    ),
+    ThawFileSystems: _NOTHING,
     AwaitSave: Crash("a complete state file", "empties it, and undoes the instant as above"),
     PutBackMigration: _NOTHING,
     CloseState: _NOTHING,
@@ -114,6 +122,7 @@ CRASHES: Mapping[type[Step], Crash] = {
         " back the images from before",
     ),
     LetRun: Crash("a guest that runs", "finishes what is left: it is past the point of no return"),
+    SetClock: Crash("a guest whose clock is right, or behind as before", "sets it"),
     DiscardImages: Crash("no images that nothing needs", "ends the journal"),
     DropSnapshot: Crash(
         "a snapshot that exists no more, its files and images still there",

@@ -30,7 +30,7 @@ from calotype.plan.layers import (
     settle,
     stays,
 )
-from calotype.plan.restore import Mismatch
+from calotype.plan.restore_plan import Mismatch
 from calotype.plan.steps import Step
 from calotype.plan.take_plan import Blocker
 

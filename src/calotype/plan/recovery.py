@@ -31,6 +31,7 @@ from calotype.plan.steps import (
     HandOver,
     LetRun,
     RecordRestored,
+    SetClock,
     StartQemu,
     Step,
 )
@@ -100,7 +101,7 @@ _POINTS = (Commit, HandOver, LetRun, RecordRestored)
 
 
 def _needs_guest(step: AnyStep) -> bool:
-    return isinstance(step, LetRun)
+    return isinstance(step, LetRun | SetClock)
 
 
 def _take_is_done(_: tuple[AnyStep, ...], sight: Sight) -> bool:

@@ -1,4 +1,4 @@
-"""Plan a restore: compare what is there with what was recorded, then say the steps.
+"""Plan a restore: compare what is there with what was recorded (`preflight`), then say the steps.
 
 Every difference is found before anything is touched, and all of them are named, not only the
 first. Identities are compared, contents are not read. What is left behind is kept: the disks that
@@ -9,24 +9,19 @@ while the first runs on, and takes its place in one pause. So the two never writ
 internal snapshot is copied out where it would otherwise be gone back to in place.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Literal
-
-from msgspec import Struct
+from collections.abc import Iterator
 
 from calotype.model import names
 from calotype.model.acts import Act, Keep, Move, Tell
-from calotype.model.identity import Difference, Identity, differences
 from calotype.model.snapshot import Manifest, StoragePart
 from calotype.model.vm import (
     DiskRecord,
     Image,
-    ImageFacts,
-    MigrationFacts,
-    ReadOnlyDisk,
     RunState,
     VmRecord,
 )
+from calotype.plan.preflight import mismatches
+from calotype.plan.restore_plan import Found, RestorePlan, RestoreRequest, Running
 from calotype.plan.steps import (
     ApplyInside,
     CheckTopology,
@@ -42,84 +37,12 @@ from calotype.plan.steps import (
     MakeSnapshotFolder,
     RecordRestored,
     SaveLeftBehind,
+    SetClock,
     StartQemu,
     Step,
 )
 from calotype.plan.take import set_migration
 from calotype.plan.take_plan import Blocker
-
-Definition = tuple[tuple[str, str], ...]
-
-
-class RestoreRequest(Struct, frozen=True):
-    """What the user asked for."""
-
-    run_state: Literal["saved", "running", "paused"] = "saved"
-    discard_current: bool = False
-    accept_touched: bool = False
-    """Go on although a file's mode, owner or name was changed, if nothing else of it was."""
-    keep_current: bool = False
-    """Keep the machine state that is left behind, too; of a VM that runs."""
-
-
-class Found(Struct, frozen=True):
-    """What is there now, read before the plan is made."""
-
-    definition: Definition
-    identities: Mapping[str, Identity]
-    """By path; a path that is missing here is missing on disk."""
-    internal: Mapping[tuple[str, str], str]
-    """Digest of each internal snapshot, by image path and name."""
-    state: Identity | None
-    """The machine state's file."""
-    modes: Mapping[str, int]
-    """The permission bits of the active images, by path."""
-    kept_paths: frozenset[str]
-    """Images that some snapshot of this VM stands on."""
-
-
-class Running(Struct, frozen=True):
-    """What is found of the QEMU that runs the VM, whose place another is to take."""
-
-    was_running: bool
-    """Whether its guest runs."""
-    endpoints: tuple[tuple[str, str], ...]
-    """What only one of the two can have, and how it is handed over, in words."""
-    forth: tuple[Act, ...]
-    back: tuple[Act, ...]
-    unshared: tuple[tuple[str, str], ...]
-    """Arguments of its command line that keep a second QEMU from being started, and why."""
-    jobs: tuple[str, ...]
-    """Block jobs that would end with it."""
-    can_let_go: bool
-    """Whether it can give up an image that the other takes over (blockdev-set-active)."""
-    migration: MigrationFacts
-
-
-class Mismatch(Struct, frozen=True):
-    """One difference, as a word that a program can use and a line for a person."""
-
-    kind: Literal["missing", "extra", "swapped", "replaced", "resized", "written", "touched",
-                  "header", "snapshots", "definition"]  # fmt: skip
-    subject: str
-    text: str
-
-
-class RestorePlan(Struct, frozen=True):
-    """All that a restore will do."""
-
-    snapshot: str
-    left_behind: str
-    keeps_left_behind: bool
-    run_state: RunState
-    active: dict[int, Image]
-    mismatches: tuple[Mismatch, ...]
-    steps: tuple[Step, ...]
-    blockers: tuple[Blocker, ...] = ()
-    endpoints: tuple[tuple[str, str], ...] = ()
-    """What is handed over from the QEMU that runs, and how; none where none runs."""
-    notes: tuple[str, ...] = ()
-    """What else there is to know."""
 
 
 def plan_restore(
@@ -152,139 +75,31 @@ def plan_restore(
         active=go.active,
         mismatches=tuple(
             mismatch
-            for mismatch in _mismatches(manifest, record, found, request)
+            for mismatch in mismatches(manifest, record, found, request)
             if not (request.accept_touched and mismatch.kind == "touched")
         ),
         steps=tuple(_steps(go) if running is None else _steps_beside(go, running)),
-        blockers=tuple(_blockers(go, running)) if running else (),
+        blockers=tuple(_blockers(go, running)),
         endpoints=running.endpoints if running else (),
         notes=tuple(_notes(go)) if running else (),
     )
 
 
-# --- preflight -----------------------------------------------------------------------------------
+# --- what is in the way --------------------------------------------------------------------------
 
 
-def _mismatches(
-    manifest: Manifest, record: VmRecord, found: Found, request: RestoreRequest
-) -> Iterator[Mismatch]:
-    yield from _definition_mismatches(manifest.definition, found.definition)
-    yield from _disk_set_mismatches(manifest, record)
-    for part in manifest.storage:
-        yield from _part_mismatches(part, manifest, found)
-    for disk in manifest.read_only:
-        yield from _read_only_mismatches(disk, found)
-    for now in record.disks:
-        if now.active.path not in found.modes and not request.discard_current:
-            text = f"disk {now.name!r}: its newest image {now.active.path} is missing"
-            yield Mismatch("missing", now.name, f"{text} (--discard-current does without it)")
-    if manifest.machine_state is not None and found.state is None:
-        file = manifest.machine_state.file
-        yield Mismatch("missing", "machine state", f"the machine state's file {file!r} is missing")
-    elif manifest.machine_state is not None and found.state is not None:
-        for change in _gravest(manifest.machine_state.identity, found.state):
-            yield Mismatch(change.change, "machine state", f"the machine state: {change.text}")
+def _blockers(go: "_Going", running: Running | None) -> Iterator[Blocker]:
+    if running is not None:
+        yield from _beside_blockers(go, running)
+    if go.request.sync_time:
+        yield from _clock_blockers(go)
 
-
-def _definition_mismatches(recorded: Definition, now: Definition) -> Iterator[Mismatch]:
-    """Options that the guest would notice, as the snapshot had them and as they are now."""
-    for key in dict.fromkeys(key for key, _ in recorded + now):
-        then = [value for name, value in recorded if name == key]
-        today = [value for name, value in now if name == key]
-        if then != today:
-            text = f"-{key} is {_listed(today)} now, the snapshot has {_listed(then)}"
-            yield Mismatch("definition", key, text)
-
-
-def _listed(values: list[str]) -> str:
-    return " and ".join(map(repr, values)) or "absent"
-
-
-def _disk_set_mismatches(manifest: Manifest, record: VmRecord) -> Iterator[Mismatch]:
-    then = {part.origin.path: part.disk for part in manifest.storage}
-    now = {disk.origin.path: disk.name for disk in record.disks}
-    for path in sorted(then.keys() - now.keys()):
-        text = f"disk {then[path]!r} ({path}) is missing from the VM"
-        yield Mismatch("missing", then[path], text)
-    for path in sorted(now.keys() - then.keys()):
-        text = f"disk {now[path]!r} ({path}) was not there when the snapshot was taken"
-        yield Mismatch("extra", now[path], text)
-    order = [(part.index, part.origin.path) for part in manifest.storage]
-    present = [(disk.index, disk.origin.path) for disk in record.disks]
-    if order != present and then.keys() == now.keys():
-        yield Mismatch("swapped", "disks", "the disks are the same, but in another order")
-
-
-def _part_mismatches(part: StoragePart, manifest: Manifest, found: Found) -> Iterator[Mismatch]:
-    for layer in part.layers:
-        yield from _layer_mismatches(part, layer, manifest, found)
-    if part.kind == "internal" and part.image is not None:
-        digest = found.internal.get((part.image.path, part.internal_name))
-        if digest is None:
-            text = f"disk {part.disk!r}: {part.image.path} no longer holds {part.internal_name!r}"
-            yield Mismatch("missing", part.disk, text)
-        elif digest != part.internal_digest:
-            text = f"disk {part.disk!r}: the snapshot inside {part.image.path} has changed"
-            yield Mismatch("snapshots", part.disk, text)
-
-
-def _layer_mismatches(
-    part: StoragePart, layer: ImageFacts, manifest: Manifest, found: Found
-) -> Iterator[Mismatch]:
-    now = found.identities.get(layer.path)
-    if now is None:
-        text = f"disk {part.disk!r}: {layer.path} is missing"
-        yield Mismatch("missing", part.disk, text)
-        return
-    owner = _recorded_as(now, manifest)
-    same = (now.device, now.inode) == (layer.identity.device, layer.identity.inode)
-    if owner not in (None, part.disk) and not same:
-        text = f"disk {part.disk!r}: {layer.path} is the image of disk {owner!r}"
-        yield Mismatch("swapped", part.disk, text)
-        return
-    for change in _gravest(layer.identity, now):
-        text = f"disk {part.disk!r}: {layer.path}: {change.text}"
-        yield Mismatch(change.change, part.disk, text)
-
-
-def _read_only_mismatches(disk: ReadOnlyDisk, found: Found) -> Iterator[Mismatch]:
-    if disk.image is None:
-        return
-    now = found.identities.get(disk.image.path)
-    if now is None:
-        yield Mismatch("missing", disk.name, f"{disk.name!r}: {disk.image.path} is missing")
-        return
-    for change in _gravest(disk.image.identity, now):
-        text = f"{disk.name!r} (read-only): {disk.image.path}: {change.text}"
-        yield Mismatch(change.change, disk.name, text)
-
-
-def _gravest(recorded: Identity, now: Identity) -> tuple[Difference, ...]:
-    """The gravest difference, if any.
-
-    A new device number alone is none for a file: a boot may give its file system one. A block
-    device is known by nothing else.
-    """
-    changes = differences(recorded, now)
-    is_file = recorded.inode != 0
-    return () if is_file and [each.field for each in changes] == ["device"] else changes[:1]
-
-
-def _recorded_as(now: Identity, manifest: Manifest) -> str | None:
-    """The disk whose image this file was when the snapshot was taken."""
-    for part in manifest.storage:
-        for layer in part.layers:
-            if (layer.identity.device, layer.identity.inode) == (now.device, now.inode):
-                return part.disk
-    return None
-
-
-# --- what is in the way of going over from a VM that runs ----------------------------------------
 
 _STOP_FIRST = "give --stop-first: the VM is saved, ended, and put back if the restore fails"
 
 
-def _blockers(go: "_Going", running: Running) -> Iterator[Blocker]:
+def _beside_blockers(go: "_Going", running: Running) -> Iterator[Blocker]:
+    """Why the VM cannot be gone over from while it runs."""
     if go.run_state == "off":
         yield Blocker(
             f"the snapshot {go.manifest.id} has no machine state, and the VM runs",
@@ -301,6 +116,22 @@ def _blockers(go: "_Going", running: Running) -> Iterator[Blocker]:
             yield Blocker(f"disk {disk.name!r} is skipped, so both would be on it", _STOP_FIRST)
     if go.request.keep_current and go.request.discard_current:
         yield Blocker("it cannot be both kept and discarded", "give one of the two")
+
+
+def _clock_blockers(go: "_Going") -> Iterator[Blocker]:
+    """Why the guest's clock could not be set afterwards."""
+    if go.manifest.machine_state is None:
+        yield Blocker(
+            "the snapshot has no machine state: the guest boots, and looks at its hardware's clock",
+            "leave --sync-time out",
+        )
+    elif go.run_state != "running":
+        yield Blocker(
+            f"the guest is to be {go.run_state}: one that stands still cannot set its clock",
+            "add --run-state running, or leave --sync-time out",
+        )
+    elif go.found.agent.problem:
+        yield Blocker(go.found.agent.problem, f"{go.found.agent.remedy}; or leave --sync-time out")
 
 
 def _notes(go: "_Going") -> Iterator[str]:
@@ -371,6 +202,7 @@ def _steps(go: _Going) -> Iterator[Step]:
     yield RecordRestored(go.active, go.before, go.manifest.id, go.record.parent)
     if go.run_state == "running":
         yield LetRun()
+    yield from _clock(go)
     if go.request.discard_current:
         yield _discarded(go)
 
@@ -401,6 +233,13 @@ def _steps_beside(go: _Going, running: Running) -> Iterator[Step]:
         yield _discarded(go)
     else:
         yield from _kept(go, "running" if running.was_running else "paused")
+    yield from _clock(go)
+
+
+def _clock(go: _Going) -> Iterator[Step]:
+    """Set the guest's clock once it runs, if that was asked for."""
+    if go.request.sync_time and go.run_state == "running":
+        yield SetClock(go.found.agent.socket)
 
 
 def _active(*, on: bool) -> Act:

@@ -78,6 +78,21 @@ class FlushImages(Step, frozen=True):
     paths: tuple[str, ...]
 
 
+class FreezeFileSystems(Step, frozen=True):
+    """Have the agent in the guest freeze its file systems: nothing is written to them then."""
+
+    socket: str
+    """The path of the socket that leads to the agent."""
+    limit_ms: float
+    """After how long they are thawed, whatever has become of us."""
+
+
+class ThawFileSystems(Step, frozen=True):
+    """Have the agent thaw them again; that they had stayed frozen so far is required."""
+
+    socket: str
+
+
 class SwitchToOverlay(Struct, frozen=True, tag=True):
     """Put an open overlay node over the disk's node: external."""
 
@@ -111,6 +126,8 @@ class PassInstant(Step, frozen=True):
     actions: tuple[StorageAction, ...]
     limit_ms: float
     graph_digest: str
+    agent: str = ""
+    """The socket of the agent that has frozen the guest's file systems; "" where none has."""
 
 
 class RecordAhead(Step, frozen=True):
@@ -306,6 +323,12 @@ class LetRun(Step, frozen=True):
     """Let the guest run."""
 
 
+class SetClock(Step, frozen=True):
+    """Have the agent in the guest set its clock; one that cannot is told of, and is no failure."""
+
+    socket: str
+
+
 class DiscardImages(Step, frozen=True):
     """Remove overlays of ours that nothing needs any more; after the commit, never undone."""
 
@@ -403,7 +426,9 @@ AnyStep = (
     | SetMigration
     | PutBackMigration
     | FlushImages
+    | FreezeFileSystems
     | PassInstant
+    | ThawFileSystems
     | RecordAhead
     | AwaitSave
     | CloseState
@@ -426,6 +451,7 @@ AnyStep = (
     | CommitLeftBehind
     | RecordRestored
     | LetRun
+    | SetClock
     | DiscardImages
     | DropSnapshot
     | RemoveSnapshotFiles

@@ -18,6 +18,7 @@ from calotype.plan.steps import (
     Commit,
     CreateOverlay,
     FlushImages,
+    FreezeFileSystems,
     FreezeImages,
     MakeSnapshotFolder,
     OpenOverlay,
@@ -30,6 +31,7 @@ from calotype.plan.steps import (
     Step,
     StorageAction,
     SwitchToOverlay,
+    ThawFileSystems,
 )
 from calotype.plan.take_plan import (
     DiskPlan,
@@ -70,7 +72,7 @@ def plan_take(facts: Facts, record: VmRecord, request: TakeRequest, snapshot: st
         disks=disks,
         estimate=estimate,
         blockers=tuple(blockers(facts, record, request, method, disks, estimate)),
-        warnings=tuple(_warnings(facts, disks, method)),
+        warnings=tuple(_warnings(facts, request, disks, method)),
         steps=tuple(_steps(facts, record, request, snapshot, method, disks, estimate)),
     )
 
@@ -138,7 +140,9 @@ def _choose_method(facts: Facts, request: TakeRequest) -> tuple[WindowMethod, st
     return "live-storage-first", "the guest runs on; this QEMU resumes it by itself, so disks first"
 
 
-def _warnings(facts: Facts, disks: tuple[DiskPlan, ...], method: WindowMethod) -> Iterator[str]:
+def _warnings(
+    facts: Facts, request: TakeRequest, disks: tuple[DiskPlan, ...], method: WindowMethod
+) -> Iterator[str]:
     unsafe = {disk.index for disk in facts.disks if not disk.may_be_immutable}
     for disk in disks:
         if disk.pause_ms > WARN_PAUSE_MS:
@@ -157,7 +161,7 @@ def _warnings(facts: Facts, disks: tuple[DiskPlan, ...], method: WindowMethod) -
         kind = kind_of("device", device.partition("=")[2])
         if kind is not None and _is_left_out(kind, method):
             yield f"the device {device} is no part of the snapshot: {kind.reason}"
-    if method == "storage-only" and facts.run_state == "running":
+    if method == "storage-only" and facts.run_state == "running" and not request.quiesce:
         yield "without the machine state the disks are what a power failure would leave"
 
 
@@ -242,6 +246,28 @@ def _steps(
         yield OpenState(snapshot, fdset)
         yield set_migration(facts.migration, method)
     yield FlushImages(tuple(disk.image.path for disk in facts.disks if disk.is_regular_file))
+    yield from _instant_steps(facts, request, snapshot, method, disks, fdset)
+    if has_state:
+        yield AwaitSave(snapshot, estimate.bytes)
+        yield _put_back(set_migration(facts.migration, method))
+        yield CloseState(snapshot, fdset)
+    yield FreezeImages({disk.image.path: disk.mode for disk, _ in external})
+    yield Commit(snapshot)
+
+
+def _instant_steps(
+    facts: Facts,
+    request: TakeRequest,
+    snapshot: str,
+    method: WindowMethod,
+    disks: tuple[DiskPlan, ...],
+    fdset: int,
+) -> Iterator[Step]:
+    """The instant, the guest's file systems frozen around it if that was asked for."""
+    is_quiesced = request.quiesce and method == "storage-only"
+    agent = facts.agent.socket if facts.agent and is_quiesced else ""
+    if agent:
+        yield FreezeFileSystems(agent, request.freeze_limit_ms)
     yield PassInstant(
         method=method,
         was_running=facts.run_state == "running",
@@ -249,13 +275,10 @@ def _steps(
         actions=tuple(_actions(facts, disks, snapshot)),
         limit_ms=request.pause_limit_ms,
         graph_digest=facts.graph_digest,
+        agent=agent,
     )
-    if has_state:
-        yield AwaitSave(snapshot, estimate.bytes)
-        yield _put_back(set_migration(facts.migration, method))
-        yield CloseState(snapshot, fdset)
-    yield FreezeImages({disk.image.path: disk.mode for disk, _ in external})
-    yield Commit(snapshot)
+    if agent:
+        yield ThawFileSystems(agent)
 
 
 def _actions(facts: Facts, disks: tuple[DiskPlan, ...], snapshot: str) -> Iterator[StorageAction]:

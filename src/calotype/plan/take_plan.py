@@ -20,6 +20,10 @@ class TakeRequest(Struct, frozen=True):
     pause_limit_ms: float = 2000.0
     disks: Mapping[str, StorageKind] = {}
     """By any label of a disk; those that are not named get an external overlay."""
+    quiesce: bool = False
+    """Have the agent in the guest freeze its file systems meanwhile."""
+    freeze_limit_ms: float = 10_000.0
+    """After how long they are thawed, whatever happens."""
 
 
 class Blocker(Struct, frozen=True):

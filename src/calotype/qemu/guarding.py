@@ -1,4 +1,4 @@
-"""Posting a guard before a pause; what it does is in `calotype.guard`."""
+"""Posting a guard before a pause or a freeze; what it does is in `calotype.guard`."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from calotype import guard
 from calotype.errors import HostError, QemuError
@@ -49,6 +49,13 @@ class Post:
         self.pid = pid
         self._line = line
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Hang up: a guard that was not told to stand down acts."""
+        self._line.close()
+
     async def ready(self) -> None:
         """Wait until it has greeted QEMU.
 
@@ -87,6 +94,18 @@ class Post:
         with contextlib.suppress(HostError):
             await self._say(guard.STAND_DOWN)
 
+    async def act(self, patience_s: float) -> bool:
+        """Have it act now, and wait until it has; whether it has ended within *patience_s*."""
+        with contextlib.suppress(OSError):
+            self._line.shutdown(socket.SHUT_WR)
+        try:
+            async with asyncio.timeout(patience_s):
+                while await asyncio.get_running_loop().sock_recv(self._line, 64):
+                    pass
+        except OSError:  # TimeoutError is one
+            return False
+        return True
+
     async def _say(self, word: bytes) -> None:
         try:
             await asyncio.get_running_loop().sock_sendall(self._line, word)
@@ -118,21 +137,44 @@ async def posted(
         HostError: It cannot be started, or does not answer.
         QemuError: QEMU does not answer it.
     """
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    with ours:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(theirs)
-            descriptors = [stack.enter_context(_reached(monitor_path)).fileno(), theirs.fileno()]
-            if new_path is not None:
-                descriptors.append(stack.enter_context(_reached(new_path)).fileno())
-                descriptors.append(_pidfd(new_pid))
-                stack.callback(os.close, descriptors[-1])
-            process = _spawn(descriptors)
-        process.returncode = 0  # it ends by itself; do not warn that nobody waits for it
-        post = Post(process.pid, ours)
+    with contextlib.ExitStack() as stack:
+        line = stack.enter_context(_reached(monitor_path)).fileno()
+        also = []
+        if new_path is not None:
+            also = [stack.enter_context(_reached(new_path)).fileno(), _pidfd(new_pid)]
+            stack.callback(os.close, also[-1])
+        post = _posted(line, also)
+    with post:
         await post.ready()
         yield post
+
+
+@contextlib.asynccontextmanager
+async def posted_at_agent(descriptor: int) -> AsyncIterator[Post]:
+    """Have a guard stand by that thaws the guest's file systems; as `posted`.
+
+    Args:
+        descriptor: The connection to the guest's agent, which it shares with us.
+
+    Raises:
+        HostError: It cannot be started, or does not answer.
+    """
+    with _posted(descriptor, duty=(guard.THAW,)) as post:
+        await post.ready()
+        yield post
+
+
+def _posted(line: int, also: Sequence[int] = (), duty: Sequence[str] = ()) -> Post:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    try:
+        with theirs:
+            process = _spawn((line, theirs.fileno(), *also), duty)
+    except BaseException:
+        ours.close()
+        raise
+    process.returncode = 0  # it ends by itself; do not warn that nobody waits for it
+    return Post(process.pid, ours)
 
 
 def _reached(path: Path) -> socket.socket:
@@ -149,11 +191,11 @@ def _pidfd(pid: int) -> int:
         raise QemuError("the QEMU that was prepared is gone", LAST_WORDS) from error
 
 
-def _spawn(descriptors: Sequence[int]) -> "subprocess.Popen[bytes]":
+def _spawn(descriptors: Sequence[int], duty: Sequence[str]) -> "subprocess.Popen[bytes]":
     """Start the guard by its file: nothing of the package needs to be found or imported."""
     try:
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, *map(str, descriptors)],
+            [sys.executable, "-I", "-S", guard.__file__, *duty, *map(str, descriptors)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

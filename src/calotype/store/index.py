@@ -18,18 +18,18 @@ import msgspec
 from calotype.errors import HostError, StoreError
 from calotype.model.labels import UNLABELLED, Labels, labelled
 from calotype.model.names import is_text
-from calotype.model.snapshot import Manifest
+from calotype.model.snapshot import Consistency, Manifest
 from calotype.model.vm import VmRecord
 from calotype.store.files import host_errors
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE vms (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, parent TEXT);
 CREATE TABLE snapshots (
     id TEXT PRIMARY KEY, vm_id TEXT NOT NULL, parent TEXT, tag TEXT NOT NULL,
     description TEXT NOT NULL, instant TEXT NOT NULL, method TEXT NOT NULL,
     run_state TEXT NOT NULL, machine_state TEXT NOT NULL, bytes INTEGER NOT NULL, pause_ms REAL,
-    is_protected INTEGER NOT NULL
+    consistency TEXT NOT NULL, is_protected INTEGER NOT NULL
 );
 CREATE INDEX by_vm ON snapshots (vm_id, instant);
 """
@@ -72,6 +72,7 @@ class SnapshotEntry(msgspec.Struct, frozen=True):
     machine_state: str
     bytes: int
     pause_ms: float | None
+    consistency: Consistency
     is_protected: bool = False
 
 
@@ -90,6 +91,7 @@ def entry_of(manifest: Manifest, labels: Labels = UNLABELLED) -> SnapshotEntry:
         machine_state=manifest.machine_state.kind if manifest.machine_state else "none",
         bytes=manifest.bytes_written,
         pause_ms=manifest.timings.pause_ms,
+        consistency=manifest.consistency,
         is_protected=labels.is_protected,
     )
 

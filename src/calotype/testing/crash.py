@@ -68,7 +68,7 @@ from calotype.model.vm import Process
 from calotype.plan import window
 from calotype.plan.steps import Step
 from calotype.plan.window import Command, Input, Output, Window
-from calotype.qemu import guarding, migration, monitor, observe, process
+from calotype.qemu import freezing, guarding, migration, monitor, observe, process
 from calotype.qemu.monitor import Monitor
 from calotype.qemu.process import start_ticks
 from calotype.store import journal as journals
@@ -280,6 +280,7 @@ def take_out(mechanism: str) -> None:
 
 def _without_guard() -> None:
     _replace(guarding, posted=_no_guard)
+    _replace(freezing, posted_at_agent=_no_guard)
 
 
 def _without_sweep() -> None:
@@ -336,6 +337,10 @@ class _NoGuard:
 
     async def stand_down(self) -> None:
         """Do nothing."""
+
+    async def act(self, patience_s: float) -> bool:
+        """Do nothing."""
+        return patience_s > 0
 
 
 def main(words: Sequence[str]) -> None:

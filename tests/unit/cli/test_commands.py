@@ -26,11 +26,12 @@ from builders import (
 )
 from calotype.cli.list_cmd import Place, draw
 from calotype.cli.main import COMMANDS, main
-from calotype.cli.output import UNDONE, report_error, run_async, size
+from calotype.cli.output import UNDONE, duration, report_error, run_async, size
 from calotype.engine import operations
 from calotype.errors import FAMILIES, CalotypeError, InterruptError, QemuError
 from calotype.model.snapshot import Manifest, Timings
 from calotype.model.vm import Image, Process, Stray, VmRecord
+from calotype.plan.restore_plan import RestorePlan
 from calotype.plan.take import plan_take
 from calotype.plan.take_plan import TakePlan, TakeRequest
 from calotype.store import images
@@ -467,6 +468,7 @@ def test_what_was_taken_is_told(
         "total_ms": 1500.0,
         "bytes": 1 << 20,
         "parts": {"disk0": "external", "disk1": "skip"},
+        "consistency": "machine",
     }
 
 
@@ -567,16 +569,25 @@ def test_snapshots_are_drawn_as_a_tree(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "label"),
     [
-        ({}, "a  2025-01-02 03:04:05  live  1 MiB  pause 12.5 ms"),
-        ({"pause_ms": None}, "a  2025-01-02 03:04:05  live  1 MiB"),
-        ({"tag": "it's"}, 'a  2025-01-02 03:04:05  "it\'s"  live  1 MiB  pause 12.5 ms'),
+        ({}, "a  2025-01-02 03:04:05  live  machine-consistent  1 MiB  pause 12.5 ms"),
+        ({"pause_ms": None}, "a  2025-01-02 03:04:05  live  machine-consistent  1 MiB"),
         (
-            {"machine_state": "none", "bytes": 0, "pause_ms": None, "method": "left-behind"},
-            "a  2025-01-02 03:04:05  left-behind",
+            {"tag": "it's"},
+            'a  2025-01-02 03:04:05  "it\'s"  live  machine-consistent  1 MiB  pause 12.5 ms',
         ),
         (
-            {"description": "two\nlines\x1b[2J"},
-            "a  2025-01-02 03:04:05  live  1 MiB  pause 12.5 ms  - 'two\\nlines\\x1b[2J'",
+            {
+                "machine_state": "none",
+                "bytes": 0,
+                "pause_ms": None,
+                "method": "left-behind",
+                "consistency": "crash",
+            },
+            "a  2025-01-02 03:04:05  left-behind  crash-consistent",
+        ),
+        (
+            {"description": "two\nlines\x1b[2J", "pause_ms": None},
+            "a  2025-01-02 03:04:05  live  machine-consistent  1 MiB  - 'two\\nlines\\x1b[2J'",
         ),
     ],
 )
@@ -633,7 +644,7 @@ def test_a_list_names_each_vm_and_where_it_is_now(calotype: Calotype, root: Path
         "mail",
         "└── now",
         "web",
-        f"└── {SNAPSHOT}  2025-01-02 03:04:05  'x'  live  1 MiB  pause 12.5 ms",
+        f"└── {SNAPSHOT}  2025-01-02 03:04:05  'x'  live  machine-consistent  1 MiB  pause 12.5 ms",
         "    └── now",
     ]
     assert calotype("list", "mail").out.splitlines() == ["mail", "└── now"]
@@ -662,6 +673,62 @@ def test_a_list_names_each_vm_and_where_it_is_now(calotype: Calotype, root: Path
 )
 def test_a_size_is_told_in_the_largest_unit_that_fits(count: int, words: str) -> None:
     assert size(count) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.04, "0.0 s"),
+        (59.94, "59.9 s"),
+        (60, "1 min 0 s"),
+        (3599.4, "59 min 59 s"),
+        (3600, "1 h 0 min"),
+        (90061, "1 d 1 h"),
+    ],
+)
+def test_a_time_span_is_told_in_its_two_greatest_units(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+# --- restore -------------------------------------------------------------------------------------
+
+
+CLOCKS: list[tuple[str, float | None, bool, list[str]]] = [
+    # the run state, by how much the clock is behind, whether it was set -> what is told of it
+    ("running", None, False, []),
+    ("running", 7.25, False, ["the guest's clock is 7.2 s behind"]),
+    ("paused", 61.0, False, ["the guest's clock is 1 min 1 s behind, and stands still"]),
+    ("running", 61.0, True, ["the guest's clock was 1 min 1 s behind, and was set"]),
+]
+
+
+@pytest.mark.parametrize(("run_state", "behind_s", "is_set", "told"), CLOCKS)
+def test_a_restore_tells_by_how_much_the_clock_is_behind(
+    monkeypatch: pytest.MonkeyPatch,
+    calotype: Calotype,
+    root: Path,
+    run_state: Any,
+    behind_s: float | None,
+    is_set: bool,
+    told: list[str],
+) -> None:
+    keep(root, make_record(), make_manifest())
+    requests = []
+
+    async def restore(*words: Any) -> operations.Restored:
+        requests.append(words[-1])
+        plan = RestorePlan(SNAPSHOT, OTHER, False, run_state, {}, (), ())
+        return operations.Restored(
+            make_manifest(), plan, 1.0, None, behind_s, is_set, ("a warning",)
+        )
+
+    monkeypatch.setattr(operations, "restore", restore)
+    words = ("restore", "web", "--latest", "--sync-time")
+    assert calotype(*words).out.splitlines()[1:] == [*told, "warning: a warning"]
+    answer = calotype(*words, "--json").json
+    assert (answer["clock_behind_s"], answer["is_clock_set"]) == (behind_s, is_set)
+    assert answer["warnings"] == ["a warning"]
+    assert requests[0].sync_time
 
 
 # --- the others that need no QEMU ----------------------------------------------------------------

@@ -19,7 +19,7 @@ from calotype.cli.output import UNDONE, one_line, report_error, run_async
 from calotype.engine import operations
 from calotype.errors import HostError, InterruptError, MismatchError, QemuError
 from calotype.model.names import LONGEST_TAG
-from calotype.plan.restore import RestorePlan
+from calotype.plan.restore_plan import RestorePlan
 from calotype.store.store import Store
 
 COMMAND = (sys.executable, "-m", "calotype")
@@ -446,7 +446,7 @@ def _restorable(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     plan = RestorePlan(SNAPSHOT, "b" * 16, True, "running", {}, (), ())
 
     async def restore(*_: Any) -> operations.Restored:
-        return operations.Restored(manifest, plan, 1.0, None)
+        return operations.Restored(manifest, plan, 1.0, None, 2.0, False, ())
 
     monkeypatch.setattr(operations, "restore", restore)
 

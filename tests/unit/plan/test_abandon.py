@@ -21,6 +21,7 @@ from calotype.plan.steps import (
     Step,
     StorageAction,
     SwitchToOverlay,
+    ThawFileSystems,
 )
 
 
@@ -118,6 +119,21 @@ def test_the_guest_comes_first_and_then_the_disks_newest_first() -> None:
     assert plan_abandon(passed, "same", overlays, settled=False) == (
         EndPause(True), deleted(3), merged(2), deleted(1), merged(0),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("qemu", "plan"),
+    [
+        ("same", (EndPause(True), ThawFileSystems("/vm/agent.sock"), deleted(0))),
+        ("other", (deleted(0),)),
+        ("gone", (deleted(0),)),
+    ],
+)
+def test_file_systems_are_thawed_before_the_disks_in_the_qemu_that_they_were_frozen_in(
+    qemu: Qemu, plan: tuple[Step, ...]
+) -> None:
+    passed = replace(instant(inside(0)), agent="/vm/agent.sock")
+    assert plan_abandon(passed, qemu, {}, settled=False) == plan
 
 
 def test_each_overlay_is_judged_on_its_own() -> None:

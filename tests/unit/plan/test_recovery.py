@@ -32,6 +32,7 @@ from calotype.plan.steps import (
     PassInstant,
     RecordRestored,
     RecordStarted,
+    SetClock,
     StartQemu,
 )
 
@@ -59,6 +60,7 @@ RESTORE: tuple[AnyStep, ...] = (
     LetRun(),
     DISCARD,
 )
+WITH_CLOCK = (*RESTORE[:7], SetClock("/vm/agent.sock"), DISCARD)
 TO_PAUSED = (*RESTORE[:6], DISCARD)
 TO_OFF = (OVERLAY, LEFT, RECORD, DISCARD)
 STARTING: tuple[AnyStep, ...] = (
@@ -72,6 +74,7 @@ DELETE: tuple[AnyStep, ...] = (DISCARD, FreezeImages({}))
 OPERATIONS: dict[str, tuple[OperationKind, tuple[AnyStep, ...]]] = {
     "take": ("take", TAKE),
     "restore": ("restore", RESTORE),
+    "restore with the clock": ("restore", WITH_CLOCK),
     "restore to paused": ("restore", TO_PAUSED),
     "restore to off": ("restore", TO_OFF),
     "start": ("start", STARTING),

@@ -16,6 +16,7 @@ from builders import (
     OTHER,
     SNAPSHOT,
     disk_path,
+    make_agent,
     make_disk_record,
     make_found,
     make_identity,
@@ -31,7 +32,8 @@ from calotype.model.identity import Change as ImageChange
 from calotype.model.identity import Identity
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import Image, VmRecord
-from calotype.plan.restore import Found, Mismatch, RestorePlan, RestoreRequest, plan_restore
+from calotype.plan.restore import plan_restore
+from calotype.plan.restore_plan import Found, Mismatch, RestorePlan, RestoreRequest
 from calotype.plan.steps import (
     ApplyInside,
     CheckTopology,
@@ -44,6 +46,7 @@ from calotype.plan.steps import (
     LoadState,
     MakeSnapshotFolder,
     RecordRestored,
+    SetClock,
     StartQemu,
     Step,
 )
@@ -663,3 +666,37 @@ def test_whatever_is_there_nothing_is_lost_and_planning_never_raises(
             made = step.overlay if isinstance(step, CreateOverlay) else step.copy
             assert made not in origins
             assert LEFT in made
+
+
+# --- the guest's clock ---------------------------------------------------------------------------
+
+
+CLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    "all is well": ({}, {}, {}, ""),
+    "no machine state": ({"machine_state": None}, {}, {}, "has no machine state"),
+    "to be paused": ({}, {"run_state": "paused"}, {}, "the guest is to be paused"),
+    "was paused": ({"run_state": "paused"}, {}, {}, "the guest is to be paused"),
+    "no port": ({}, {}, {"problem": "no port", "remedy": "give it one"}, "no port"),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_a_clock_is_set_by_an_agent_in_a_guest_that_runs(name: str) -> None:
+    changes, asked, agent, problem = CLOCKS[name]
+    manifest, record = make_manifest(**changes), make_record()
+    found = make_found(manifest, record, agent=make_agent(**agent))
+    request = RestoreRequest(sync_time=True, **asked)
+    plan = plan_restore(manifest, record, found, request, OTHER)
+    assert all(problem in each.problem and each.remedy for each in plan.blockers)
+    assert bool(plan.blockers) == bool(problem)
+    if not problem:
+        place = plan.steps.index(LetRun())
+        assert plan.steps[place + 1] == SetClock("/vm/agent.sock")
+
+
+def test_a_clock_is_left_alone_unless_that_is_asked_for() -> None:
+    manifest, record = make_manifest(), make_record()
+    found = make_found(manifest, record)
+    plan = plan_restore(manifest, record, found, RestoreRequest(), OTHER)
+    assert plan.blockers == ()
+    assert not [step for step in plan.steps if isinstance(step, SetClock)]

@@ -16,7 +16,8 @@ from builders import (
 from calotype.model.acts import Tell
 from calotype.model.snapshot import StorageKind
 from calotype.model.vm import Image
-from calotype.plan.restore import RestorePlan, RestoreRequest, Running, plan_restore
+from calotype.plan.restore import plan_restore
+from calotype.plan.restore_plan import RestorePlan, RestoreRequest, Running
 from calotype.plan.steps import (
     ApplyInside,
     CommitLeftBehind,
@@ -28,6 +29,7 @@ from calotype.plan.steps import (
     LetRun,
     RecordRestored,
     SaveLeftBehind,
+    SetClock,
     StartQemu,
 )
 
@@ -124,6 +126,12 @@ def test_an_image_that_both_would_be_on_is_given_up_by_the_old_one_last() -> Non
     step = handed(plan(kind="skip"))
     assert step.forth[-1] == Tell("old", "blockdev-set-active", {"active": False})
     assert step.back[0] == Tell("old", "blockdev-set-active", {"active": True})
+
+
+def test_the_clock_is_set_last_when_the_old_one_is_gone() -> None:
+    kinds = [type(step) for step in plan(request=RestoreRequest(sync_time=True)).steps]
+    assert kinds[-1] is SetClock
+    assert SetClock not in {type(step) for step in plan().steps}
 
 
 BLOCKED = [

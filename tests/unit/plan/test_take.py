@@ -16,6 +16,7 @@ from builders import (
     GIB,
     OTHER,
     SNAPSHOT,
+    make_agent,
     make_disk,
     make_disk_record,
     make_facts,
@@ -43,6 +44,7 @@ from calotype.plan.steps import (
     Commit,
     CreateOverlay,
     FlushImages,
+    FreezeFileSystems,
     FreezeImages,
     MakeSnapshotFolder,
     OpenOverlay,
@@ -54,6 +56,7 @@ from calotype.plan.steps import (
     SnapshotInside,
     Step,
     SwitchToOverlay,
+    ThawFileSystems,
     qmp_action,
 )
 from calotype.plan.take import plan_take
@@ -119,6 +122,11 @@ def asked(disks: Mapping[str, StorageKind] | None = None, **changes: Any) -> Cha
         return case._replace(request=replace(case.request, disks=kinds, **changes))
 
     return change
+
+
+def quiesced(**changes: Any) -> Change:
+    """Disks alone, quiesced, with an agent that is otherwise sound."""
+    return both(asked(machine_state="none", quiesce=True), seen(agent=make_agent(**changes)))
 
 
 def both(*changes: Change) -> Change:
@@ -329,9 +337,36 @@ ALONE: dict[str, tuple[Change, str, str]] = {
         "this QEMU's guest would stand still for ever",
         "QEMU 8.1 or newer, or accept a long pause with --method paused",
     ),
+    "quiesced though nothing needs it": (
+        asked(quiesce=True),
+        "--quiesce is for disks alone",
+        "leave it out, or add --machine-state none",
+    ),
     "never let run": (seen(run_state="prelaunch"), "run state 'prelaunch'", "let it run first"),
     "saved by another": (seen(run_state="postmigrate"), "'postmigrate'", "let it run first"),
 }
+
+
+QUIESCED: dict[str, tuple[Change, str, str]] = {
+    "quiesced though it stands still": (
+        both(quiesced(), seen(run_state="paused")),
+        "a guest that stands still cannot freeze its file systems",
+        "let it run, or leave --quiesce out",
+    ),
+    "no agent": (
+        quiesced(problem="the VM has no port for a guest agent", remedy="give it one"),
+        "the VM has no port for a guest agent",
+        "give it one; or leave --quiesce out",
+    ),
+    "an agent that may not": (
+        quiesced(commands=("guest-fsfreeze-status", "guest-fsfreeze-thaw")),
+        "the guest agent, version 10.0.0, does not carry out guest-fsfreeze-freeze",
+        "let its configuration in the guest allow it",
+    ),
+    "frozen already": (quiesced(is_frozen=True), "frozen already, by somebody else", "fsfreeze"),
+}
+"""Disks alone, with what is in the way of freezing the guest's file systems."""
+BLOCKED = {**INDEPENDENT, **ALONE, **QUIESCED}
 
 
 def test_nothing_is_in_the_way_of_a_sound_vm() -> None:
@@ -357,9 +392,9 @@ def test_a_qemu_that_ends_its_own_saves_well_need_not_be_ours_to_mend(change: Ch
     assert change(sound_case()).plan().blockers == ()
 
 
-@pytest.mark.parametrize("name", [*INDEPENDENT, *ALONE])
+@pytest.mark.parametrize("name", BLOCKED)
 def test_what_is_in_the_way_is_named_with_what_to_do(name: str) -> None:
-    change, problem, remedy = {**INDEPENDENT, **ALONE}[name]
+    change, problem, remedy = BLOCKED[name]
     (blocker,) = change(sound_case()).plan().blockers
     assert problem in blocker.problem
     assert remedy in blocker.remedy
@@ -382,7 +417,7 @@ def test_a_plan_with_blockers_is_a_whole_plan() -> None:
 
 
 def test_every_blocker_of_the_source_is_in_the_table() -> None:
-    changes = [change for change, _, _ in (*INDEPENDENT.values(), *ALONE.values())]
+    changes = [change for change, _, _ in BLOCKED.values()]
     reached = [blocker for change in changes for blocker in change(sound_case()).plan().blockers]
     calls = [
         node
@@ -967,3 +1002,28 @@ def test_planning_never_raises_and_equal_input_gives_an_equal_plan(data: st.Data
     assert len(plan.disks) == len(facts.disks) + len(facts.read_only)
     assert msgspec.json.decode(msgspec.json.encode(plan))["snapshot"] == SNAPSHOT
     assert all(blocker.remedy for blocker in plan.blockers)
+
+
+# --- quiesced ------------------------------------------------------------------------------------
+
+
+def test_file_systems_are_frozen_right_before_the_instant_and_thawed_right_after() -> None:
+    steps = both(quiesced(), asked(freeze_limit_ms=700.0))(sound_case()).plan().steps
+    place = [type(step) for step in steps].index(PassInstant)
+    instant = steps[place]
+    assert steps[place - 1] == FreezeFileSystems("/vm/agent.sock", 700.0)
+    assert steps[place + 1] == ThawFileSystems("/vm/agent.sock")
+    assert isinstance(instant, PassInstant)
+    assert instant.agent == "/vm/agent.sock"
+
+
+def test_who_does_not_ask_for_it_is_not_quiesced() -> None:
+    steps = both(quiesced(), asked(quiesce=False))(sound_case()).plan().steps
+    assert not [each for each in steps if isinstance(each, FreezeFileSystems | ThawFileSystems)]
+    assert [each.agent for each in steps if isinstance(each, PassInstant)] == [""]
+
+
+def test_a_power_failure_is_not_spoken_of_where_file_systems_are_frozen() -> None:
+    warned = [asked(machine_state="none"), quiesced()]
+    told = [" ".join(change(sound_case()).plan().warnings) for change in warned]
+    assert ["power failure" in words for words in told] == [True, False]

@@ -55,6 +55,14 @@ def names(initrd: Path) -> Iterable[str]:
 
 
 @pytest.mark.usefixtures("modules")
+def test_company_is_in_an_initramfs_of_its_own(tmp_path: Path) -> None:
+    alone, in_company = (witness(tmp_path / "cache", agent=agent).initrd for agent in (False, True))
+    company = set(names(in_company)) - set(names(alone))
+    assert {"company", "usr/sbin/qemu-ga", "modules/agent", "lib/libc.so.6"} <= company
+    assert any(name.startswith("lib64/ld-linux") for name in company)
+
+
+@pytest.mark.usefixtures("modules")
 def test_drivers_come_behind_what_they_need_and_only_once(tmp_path: Path) -> None:
     initrd = witness(tmp_path / "cache").initrd
     assert unpacked(initrd, "modules/virtio").split() == [

@@ -6,12 +6,14 @@
     disks         the images that are named            images    ...and others in their places
     machine       type and memory, gathered            definition  what the guest sees of it all
     refusals      what cannot be stood for, and why    supervision  what Calotype adds to it
+    agent         the socket that leads to the guest's agent
     sharing       what two QEMUs cannot both have
 
 Nothing is opened and nothing is looked up: a command line and the folder it is run in are all that
 counts. What cannot be understood is refused with the word, the reason and what to do.
 """
 
+from calotype.formats.argv.agent import agent_socket
 from calotype.formats.argv.definition import definition
 from calotype.formats.argv.disks import DiskArgument, disks
 from calotype.formats.argv.images import with_images
@@ -30,6 +32,7 @@ __all__ = [
     "Endpoints",
     "Sharing",
     "acts",
+    "agent_socket",
     "definition",
     "disks",
     "for_restore",

@@ -11,6 +11,9 @@ The initramfs is kept in a cache under the hash of all that goes into it, so it 
 never out of date. It is made in a folder of its own which is then renamed into place: of two
 makers at one time both succeed, and the second one's work is thrown away.
 
+A witness may have company: QEMU's guest agent, and a file system that is written to. Both are in an
+initramfs of their own (`agent=True`), so that the ordinary witness boots as fast as without.
+
 Hosts need no KVM: under TCG the guest's first tick comes after about three seconds. What the kernel
 is told besides is worth a fifth of that, and keeps it from distrusting an emulated clock.
 """
@@ -23,7 +26,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +35,13 @@ from calotype.errors import HostError
 _HERE = Path(__file__).parent
 _SETUP = "run scripts/setup"
 
+_AGENT = "usr/sbin/qemu-ga"
 _COMPILE = ("cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-static", "-s")
 _DRIVERS = {
     "virtio": ("virtio_pci", "virtio_blk"),
     "scsi": ("sd_mod", "virtio_scsi", "ahci", "ata_piix"),
 }
+_WITH_AGENT = {**_DRIVERS, "agent": ("virtio_console",)}
 _UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".ko": bytes,
     ".gz": gzip.decompress,
@@ -55,7 +60,9 @@ class Witness:
     kernel: Path
     initrd: Path
 
-    def append(self, disks: Sequence[str], ram_mib: int = 32, seed: int = 1) -> str:
+    def append(
+        self, disks: Sequence[str], ram_mib: int = 32, seed: int = 1, more: Sequence[str] = ()
+    ) -> str:
         """The kernel's command line.
 
         Args:
@@ -63,24 +70,32 @@ class Witness:
                 by their place in this list.
             ram_mib: Size of the pool of RAM that it fills and checks.
             seed: What the pool's data is made from.
+            more: Words for its company; see the script `company`.
         """
-        return (
-            f"{_KERNEL_WORDS} witness.disks={','.join(disks)} "
-            f"witness.ram={ram_mib} witness.seed={seed}"
+        words = (
+            f"{_KERNEL_WORDS} witness.disks={','.join(disks)}",
+            f"witness.ram={ram_mib} witness.seed={seed}",
+            *more,
         )
+        return " ".join(words)
 
 
-def witness(cache: Path) -> Witness:
+def witness(cache: Path, *, agent: bool = False) -> Witness:
     """The witness, ready to boot; built into *cache* unless it is there already.
 
+    Args:
+        cache: Where it is kept.
+        agent: Give it company: QEMU's guest agent, and a writer on a file system.
+
     Raises:
-        HostError: A tool or the kernel is missing, or one of the tools failed.
+        HostError: A tool, the kernel or the agent is missing, or one of the tools failed.
     """
     kernel, modules = _kernel()
     parts = {
         "init": (_HERE / "init").read_bytes(),
         "bin/busybox": _tool("busybox").read_bytes(),
-        **_driver_files(modules),
+        **_driver_files(modules, _WITH_AGENT if agent else _DRIVERS),
+        **({"company": (_HERE / "company").read_bytes(), **agent_files()} if agent else {}),
     }
     home = cache / f"witness-{_digest(parts)}"
     if not home.exists():
@@ -129,9 +144,7 @@ def _named_kernel() -> Path | None:
 
 
 def _unpacked_kernel() -> Path:
-    named = os.environ.get("CALOTYPE_DEPS")
-    places = [Path(named)] if named else [_HERE.parents[3] / ".deps", Path.cwd() / ".deps"]
-    kernels = [kernel for place in places for kernel in place.glob("kernel/boot/vmlinuz-*")]
+    kernels = [kernel for place in _deps() for kernel in place.glob("kernel/boot/vmlinuz-*")]
     if not kernels:
         raise HostError(
             "no kernel for the witness guest",
@@ -140,12 +153,18 @@ def _unpacked_kernel() -> Path:
     return max(kernels, key=lambda kernel: kernel.stat().st_mtime)
 
 
-def _driver_files(modules: Path | None) -> dict[str, bytes]:
+def _deps() -> list[Path]:
+    """Where `scripts/setup` may have unpacked what it does not install."""
+    named = os.environ.get("CALOTYPE_DEPS")
+    return [Path(named)] if named else [_HERE.parents[3] / ".deps", Path.cwd() / ".deps"]
+
+
+def _driver_files(modules: Path | None, families: Mapping[str, Sequence[str]]) -> dict[str, bytes]:
     """The modules as files of the initramfs, and in modules/FAMILY the order to load each in."""
     paths = {_name(path): path for path in sorted(modules.rglob("*.ko*"))} if modules else {}
     lists: dict[str, bytes] = {}
     loaded: dict[str, bytes] = {}
-    for family, drivers in _DRIVERS.items():
+    for family, drivers in families.items():
         earlier = set(loaded)
         for driver in drivers:
             _collect(driver, paths, loaded)
@@ -185,6 +204,45 @@ def _unpacked(path: Path) -> bytes:
     return unpack(path.read_bytes())
 
 
+# --- the guest agent ------------------------------------------------------------------------------
+
+
+def agent_files() -> dict[str, bytes]:
+    """QEMU's guest agent, what it is linked with and the loader that it names, for an initramfs.
+
+    Raises:
+        HostError: It was not unpacked, and is not installed either; or a library is missing.
+    """
+    roots = [*(place / "agent" for place in _deps()), Path("/")]
+    root = next((root for root in roots if (root / _AGENT).is_file()), None)
+    if root is None:
+        raise HostError("there is no guest agent for the witness's company", _SETUP)
+    found = {_AGENT: root / _AGENT}
+    pending = [found[_AGENT]]
+    while pending:
+        for name in _linked_with(pending.pop()):
+            if f"lib/{name}" not in found:
+                found[f"lib/{name}"] = _library(root, name)
+                pending.append(found[f"lib/{name}"])
+    loader = next(name for name in found if name.startswith("lib/ld-linux"))
+    return {name: path.read_bytes() for name, path in found.items()} | {
+        loader.replace("lib/", "lib64/"): found[loader].read_bytes()
+    }
+
+
+def _linked_with(program: Path) -> list[str]:
+    told = _run(["readelf", "-d", "-l", str(program)], cwd=_HERE).decode(errors="replace")
+    named = re.findall(r"Shared library: \[([^]]+)\]", told)
+    return named + re.findall(r"program interpreter: \S*/([^]/]+)\]", told)
+
+
+def _library(root: Path, name: str) -> Path:
+    for folder in ("lib", "usr/lib", "lib64", "usr/lib64"):
+        for path in sorted((root / folder).glob(f"**/{name}")):
+            return path
+    raise HostError(f"the guest agent needs {name}, which is not there", _SETUP)
+
+
 # --- the initramfs --------------------------------------------------------------------------------
 
 
@@ -196,7 +254,7 @@ def _make_initramfs(folder: Path, parts: dict[str, bytes]) -> None:
         (root / mount_point).mkdir(parents=True)
     for name, content in parts.items():
         path = root / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         path.chmod(0o755)
     _run([*_COMPILE, "-o", str(root / "witness"), str(_HERE / "witness.c")], cwd=folder)
