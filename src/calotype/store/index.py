@@ -95,17 +95,39 @@ def entry_of(manifest: Manifest, labels: Labels = UNLABELLED) -> SnapshotEntry:
 
 
 class Index:
-    """The index in the file *path*; a file that is no index of this version counts as empty."""
+    """The index in the file *path*, or in memory for None.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    A file that is no index of this version counts as empty.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path or Path(":memory:")
         self._memory: sqlite3.Connection | None = None
         self.fault: HostError | None = None
         """Why the file cannot be used; the index is in memory then, and cannot be changed."""
+        if path is None:
+            self._turn_to_memory(None)
+            return
         try:
             self._repaired(self._make)
         except HostError as error:
             self._turn_to_memory(error)
+
+    @staticmethod
+    def fault_of(path: Path, on_disk: tuple[Collection[str], Collection[str]]) -> str:
+        """What is wrong with an index, in words, without mending it; "" if nothing is."""
+        if not path.exists():
+            return ""
+        try:
+            uri = f"{path.absolute().as_uri()}?mode=ro"
+            with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=1)) as database:
+                if _version(database) != SCHEMA_VERSION:
+                    return f"{path} is of another version"
+                known = [{row[0] for row in database.execute(f"SELECT id FROM {table}")}  # noqa: S608
+                         for table in ("vms", "snapshots")]  # fmt: skip
+        except sqlite3.Error as error:
+            return f"{path} is damaged, or cannot be read: {error}"
+        return "" if known == [set(ids) for ids in on_disk] else f"{path} is out of date"
 
     def _make(self) -> None:
         """Make the tables, unless they are there; others may be doing the same."""
@@ -116,7 +138,7 @@ class Index:
             _make_tables(database)
         self._path.chmod(0o600)
 
-    def _turn_to_memory(self, fault: HostError) -> None:
+    def _turn_to_memory(self, fault: HostError | None) -> None:
         """Go on with an empty index that nobody else sees."""
         self.fault = fault
         self._memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)

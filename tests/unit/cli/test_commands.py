@@ -127,7 +127,7 @@ def test_the_version_is_told(calotype: Calotype) -> None:
         ("take", "-x"),
         ("restore", "web", "--run-state", "off"),
         ("list", "one", "two"),
-        ("doctor",),
+        ("doctor", "web"),
         ("stop", "web", "--timeout", "soon"),
         ("stop", "web", "--timeout", "-1"),
         ("stop", "web", "--timeout", "0"),
