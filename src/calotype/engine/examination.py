@@ -149,6 +149,9 @@ class _Look(NamedTuple):
             is_changing=self._is_changing(),
             cut_off=cut_off,
             snapshots=snapshots,
+            frozen=frozenset(
+                path for each in self.catalogue.manifests[record.id] for path in _held(each)
+            ),
             chains=tuple(map(_chain, record.disks)),
             openers=tuple(who for who in self.opened if who.path in active),
             has_program=bool(host.program_of(record.argv[0], record.cwd)),

@@ -219,10 +219,10 @@ def _loose_note(sight: Sight, file: LooseFile) -> Note:
 
 
 def _frozen_open(sight: Sight) -> Iterator[Note]:
-    changing = {vm.pid for vm in sight.vms if vm.is_changing}
-    frozen = {file.path for file in sight.loose}
+    passed_over = {file.path for file in sight.loose}
+    passed_over |= {path for vm in sight.vms if vm.is_changing for path in vm.frozen}
     for opener in sight.frozen_openers:
-        if opener.may_write and opener.path not in frozen and opener.pid not in changing:
+        if opener.may_write and opener.path not in passed_over:
             yield Note(
                 "store",
                 f"{opener.path} is frozen, and {_named(opener)} has it open for writing",

@@ -103,6 +103,8 @@ class VmSight(Struct, frozen=True):
     cut_off: tuple[str, ...]
     """Operations that nobody is carrying out any more."""
     snapshots: tuple[SnapshotSight, ...]
+    frozen: frozenset[str]
+    """The images that its snapshots stand on."""
     chains: tuple[ChainSight, ...]
     openers: tuple[Opener, ...]
     """Who has its newest images open."""

@@ -339,6 +339,8 @@ def test_a_frozen_image_that_is_open_for_writing(home: Home, opening: Callable[.
     other_name.unlink()
     images.freeze(Path(home.origin.path))
     home.commit()
+    with home.store.locked(home.record, "delete"):  # it may be the one who merges
+        home.found()
     (finding,) = home.found("frozen-open")
     assert home.origin.path in finding.problem
     assert f"process {pid} (" in finding.problem
