@@ -11,6 +11,7 @@
     ├── PauseLimitError      8   the pause grew too long: given up, the guest runs on
     ├── HostError            9   a tool, a permission or space is missing on the host
     ├── StoreError          10   a file of the store is not what it claims to be
+    ├── UnwellError         11   a check-up found faults
     └── InterruptError     130   stopped by the user; says what was undone
 
 An error is one line that says what is wrong, and one that says what to do about it. What a program
@@ -109,6 +110,13 @@ class StoreError(CalotypeError):
     family = "store"
 
 
+class UnwellError(CalotypeError):
+    """A check-up found faults; each was told with what to do about it."""
+
+    exit_code = 11
+    family = "unwell"
+
+
 class InterruptError(CalotypeError):
     """Stopped by the user; says whether what was begun was undone."""
 
@@ -126,6 +134,7 @@ FAMILIES: tuple[type[CalotypeError], ...] = (
     PauseLimitError,
     HostError,
     StoreError,
+    UnwellError,
     InterruptError,
 )
 """The families, in the order of their exit codes; the page on exit codes is checked against it."""

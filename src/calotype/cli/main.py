@@ -19,7 +19,7 @@ from calotype.errors import CalotypeError, InterruptError, RequestError
 
 COMMANDS = (
     "run", "ps", "start", "stop", "forget", "console", "logs",
-    "take", "list", "show", "restore",
+    "take", "list", "show", "extract", "restore",
     "delete", "du", "tag", "describe", "protect", "unprotect", "history", "recover", "doctor",
 )  # fmt: skip
 """In the order in which a user meets them; each is `calotype.cli.NAME_cmd`."""

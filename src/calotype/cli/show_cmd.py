@@ -12,36 +12,61 @@ from calotype.cli.output import Settings, common, say, size, snapshot_choice
 if TYPE_CHECKING:
     from calotype.model.snapshot import Manifest, StoragePart
     from calotype.model.vm import VmRecord
+    from calotype.plan.contents import Places
     from calotype.store.store import Store
 
 
 @click.command("show")
 @click.argument("name")
 @snapshot_choice
+@click.option("--paths", "as_paths", is_flag=True, help="Show where each part of it is, alone.")
 @common
 def command(
-    settings: Settings, name: str, id_prefix: str | None, tag: str | None, latest: bool
+    settings: Settings,
+    name: str,
+    id_prefix: str | None,
+    tag: str | None,
+    latest: bool,
+    as_paths: bool,
 ) -> None:
     """Show the VM NAME, and which image of each disk is the active one; or one of its snapshots."""
-    import msgspec  # noqa: PLC0415
-
     from calotype.engine.select import select  # noqa: PLC0415
-    from calotype.model.labels import labelled  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path, make=False)
     record = store.find(name)
-    if id_prefix is None and tag is None and not latest:
-        frozen = [disk.origin.path for disk in record.disks if disk.active != disk.origin]
-        say(
-            settings,
-            {"vm": msgspec.to_builtins(record), "protection": _protection(frozen)},
-            list(_vm_lines(store, record)),
-        )
+    if id_prefix is None and tag is None and not latest and not as_paths:
+        _say_vm(settings, store, record)
         return
     entry = select(store, record, id_prefix=id_prefix, tag=tag, latest=latest)
-    labels = store.labels(record.id, entry.id)
-    manifest = labelled(store.manifest(record.id, entry.id), labels)
+    if as_paths:
+        _say_paths(settings, store, record, entry.id)
+    else:
+        _say_snapshot(settings, store, record, entry.id)
+
+
+def _say_vm(settings: Settings, store: "Store", record: "VmRecord") -> None:
+    import msgspec  # noqa: PLC0415
+
+    from calotype.formats.secrets import redacted  # noqa: PLC0415
+
+    record = msgspec.structs.replace(record, argv=redacted(record.argv))
+    frozen = [disk.origin.path for disk in record.disks if disk.active != disk.origin]
+    told = {"vm": msgspec.to_builtins(record), "protection": _protection(frozen)}
+    say(settings, told, list(_vm_lines(store, record)))
+
+
+def _say_snapshot(settings: Settings, store: "Store", record: "VmRecord", snapshot: str) -> None:
+    import msgspec  # noqa: PLC0415
+
+    from calotype.formats.secrets import redacted, redacted_pairs  # noqa: PLC0415
+    from calotype.model.labels import labelled  # noqa: PLC0415
+
+    labels = store.labels(record.id, snapshot)
+    manifest = labelled(store.manifest(record.id, snapshot), labels)
+    manifest = msgspec.structs.replace(
+        manifest, argv=redacted(manifest.argv), definition=redacted_pairs(manifest.definition)
+    )
     frozen = [
         part.image.path for part in manifest.storage if part.kind == "external" and part.image
     ]
@@ -53,6 +78,27 @@ def command(
     told = {"snapshot": shown, "protection": _protection(frozen)}
     protected = ["protected from being deleted"] * labels.is_protected
     say(settings, told, [*_snapshot_lines(manifest), *protected])
+
+
+def _say_paths(settings: Settings, store: "Store", record: "VmRecord", snapshot: str) -> None:
+    import msgspec  # noqa: PLC0415
+
+    from calotype.plan.contents import places  # noqa: PLC0415
+
+    folder = store.snapshot_folder(record.id, snapshot)
+    found = places(store.manifest(record.id, snapshot), str(folder))
+    told = {"id": snapshot, "vm": record.name, "paths": msgspec.to_builtins(found)}
+    say(settings, told, list(_path_lines(found)))
+
+
+def _path_lines(found: "Places") -> Iterator[str]:
+    for disk in found.disks:
+        inside = f", inside as {disk.internal_name} (id {disk.internal_id})"
+        yield f"disk {disk.disk}: {disk.kind}{inside if disk.kind == 'internal' else ''}"
+        yield from (f"  {image.path} ({image.format})" for image in disk.chain)
+    yield f"machine state: {found.machine_state_type or 'none'}"
+    if found.machine_state:
+        yield f"  {found.machine_state}"
 
 
 def _vm_lines(store: "Store", record: "VmRecord") -> Iterator[str]:

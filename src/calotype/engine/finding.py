@@ -4,6 +4,7 @@ Only identities and tables are read, no contents. What cannot be read as what it
 found all the same: that it is another thing now is for the preflight to say.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from calotype.engine import launch
@@ -21,12 +22,32 @@ from calotype.qemu.monitor import Monitor
 from calotype.store import images
 from calotype.store.store import Store
 
+Sighting = Callable[[Path, Format], Identity | None]
+"""Who a file is; None where it is missing."""
 
-def find(store: Store, record: VmRecord, manifest: Manifest, definition: Definition) -> Found:
-    """Look at all that a restore of *manifest* stands on."""
+
+def find(
+    store: Store,
+    record: VmRecord,
+    manifest: Manifest,
+    definition: Definition,
+    kept_paths: frozenset[str] | None = None,
+    sighting: Sighting | None = None,
+) -> Found:
+    """Look at all that a restore of *manifest* stands on.
+
+    Args:
+        store: Where it is kept.
+        record: The VM as it is defined now.
+        manifest: The snapshot.
+        definition: What the guest can see of the VM's command line now.
+        kept_paths: Every image that a snapshot of this VM stands on, if that is known.
+        sighting: Who looks; whoever looks at many snapshots need not look at an image twice.
+    """
+    look = sighting or identify
     layers = [layer for part in manifest.storage for layer in part.layers]
     layers += [disk.image for disk in manifest.read_only if disk.image is not None]
-    sightings = {layer.path: identify(Path(layer.path), layer.format) for layer in layers}
+    sightings = {layer.path: look(Path(layer.path), layer.format) for layer in layers}
     state = manifest.machine_state
     state_path = store.snapshot_folder(record.id, manifest.id) / (state.file if state else "")
     active = [disk.active.path for disk in record.disks]
@@ -34,9 +55,9 @@ def find(store: Store, record: VmRecord, manifest: Manifest, definition: Definit
         definition=definition,
         identities={path: sight for path, sight in sightings.items() if sight is not None},
         internal=_internal(manifest),
-        state=identify(state_path, "raw") if state else None,
+        state=look(state_path, "raw") if state else None,
         modes={path: images.mode(Path(path)) for path in active if Path(path).exists()},
-        kept_paths=frozenset(_kept_paths(store, record)),
+        kept_paths=frozenset(_kept_paths(store, record)) if kept_paths is None else kept_paths,
         agent=where(record),
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from calotype.errors import QemuError
 from calotype.formats import argv as command_line
 from calotype.formats.argv import Argument, CommandLine, Endpoints
+from calotype.formats.secrets import redacted_log
 from calotype.model.acts import NEXT
 from calotype.model.vm import Image, Process, VmRecord
 from calotype.qemu import monitor as qmp
@@ -107,7 +108,7 @@ async def start(
     try:
         if not beside:
             store.save_process(record.id, qemu)
-        await _greeted(folder / f"{CONTROL}{suffix}", qemu, mark)
+        await _greeted(folder / f"{CONTROL}{suffix}", qemu, mark, record)
     except BaseException:
         process.kill(qemu)
         raise
@@ -124,7 +125,7 @@ def _log(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-async def _greeted(control: Path, qemu: Process, mark: int) -> None:
+async def _greeted(control: Path, qemu: Process, mark: int, record: VmRecord) -> None:
     """Wait for the greeting; a QEMU that ends first says why."""
     greeting = asyncio.ensure_future(_greeting(control))
     ending = asyncio.ensure_future(process.ended(qemu, START_TIMEOUT_S))
@@ -136,7 +137,7 @@ async def _greeted(control: Path, qemu: Process, mark: int) -> None:
     greeting.cancel()
     with contextlib.suppress(asyncio.CancelledError, QemuError):
         await greeting
-    said = last_words(control.parent, mark)
+    said = last_words(control.parent, record, mark)
     raise QemuError(
         f"QEMU did not start: {said or 'it said nothing'}",
         "mend what it names, on its command line or on the host",
@@ -149,11 +150,12 @@ async def _greeting(control: Path) -> None:
         pass
 
 
-def last_words(folder: Path, mark: int = 0) -> str:
-    """What QEMU said at the end of its log, after byte *mark*."""
+def last_words(folder: Path, record: VmRecord, mark: int = 0) -> str:
+    """What QEMU said at the end of its log, after byte *mark*; no secret of its command line."""
     with (folder / QEMU_LOG).open("rb") as log:
         log.seek(max(mark, os.fstat(log.fileno()).st_size - _LAST_WORDS_BYTES))
-        return log.read().decode(errors="replace").strip()
+        said = log.read().decode(errors="replace").strip()
+    return redacted_log(said, record.argv)
 
 
 def log_size(folder: Path) -> int:

@@ -53,11 +53,13 @@ from calotype.store.store import Store
 # --- take ----------------------------------------------------------------------------------------
 
 
-async def plan_only(store: Store, name: str, request: TakeRequest) -> TakePlan:
-    """Say what `take` would do; nothing is changed."""
+async def plan_only(
+    store: Store, name: str, request: TakeRequest, *, patience_s: float = 5.0
+) -> TakePlan:
+    """Say what `take` would do; nothing is changed, and its monitor not waited for any longer."""
     record = store.find(name)
     qemu = _must_run(store, record)
-    async with launch.looking(store, record) as monitor:
+    async with launch.looking(store, record, patience_s) as monitor:
         _, plan = await _observe_and_plan(store, record, qemu, monitor, request)
     return plan
 

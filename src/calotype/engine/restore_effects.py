@@ -169,7 +169,8 @@ async def _load_state(restoring: Restoring, step: LoadState) -> None:
         async with restoring.preparing() as monitor:
             await migration.load(monitor, descriptor, names.state_descriptor(step.snapshot))
     except QemuError as error:
-        said = launch.last_words(restoring.store.folder(restoring.record.id), restoring.log_mark)
+        record = restoring.record
+        said = launch.last_words(restoring.store.folder(record.id), record, restoring.log_mark)
         raise QemuError(
             f"QEMU cannot load the machine state: {said or error.problem}",
             "it was saved by another QEMU, or damaged: compare versions and digests",

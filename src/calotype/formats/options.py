@@ -32,6 +32,7 @@ from fractions import Fraction
 from typing import Any
 
 from calotype.errors import CommandLineError
+from calotype.formats.secrets import redacted_value
 
 _WORD = re.compile(r"([^=,]*)(?:=((?:[^,]|,,)*))?(?:,|\Z)")
 _FIRST_OF_OPTS = re.compile(r"(?![^=,]*=)((?:[^,]|,,)*)(?:,|\Z)")
@@ -239,9 +240,10 @@ def _undoubled(value: str) -> str:
 
 def _error(text: str, position: int, problem: str) -> CommandLineError:
     position = max(position, 0)
+    told = redacted_value("", text)
     return CommandLineError(
-        f"'{text}': {problem}, at character {position + 1}",
+        f"'{told}': {problem}, at character {position + 1}",
         "write it as QEMU's manual shows it",
-        text=text,
+        text=told,
         position=position,
     )

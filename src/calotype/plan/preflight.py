@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from calotype.formats.secrets import redacted_value
 from calotype.model.identity import Difference, Identity, differences
 from calotype.model.snapshot import Manifest, StoragePart
 from calotype.model.vm import ImageFacts, ReadOnlyDisk, VmRecord
@@ -15,7 +16,7 @@ def mismatches(
     yield from _definition_mismatches(manifest.definition, found.definition)
     yield from _disk_set_mismatches(manifest, record)
     for part in manifest.storage:
-        yield from _part_mismatches(part, manifest, found)
+        yield from part_mismatches(part, manifest, found)
     for disk in manifest.read_only:
         yield from _read_only_mismatches(disk, found)
     for now in record.disks:
@@ -36,12 +37,12 @@ def _definition_mismatches(recorded: Definition, now: Definition) -> Iterator[Mi
         then = [value for name, value in recorded if name == key]
         today = [value for name, value in now if name == key]
         if then != today:
-            text = f"-{key} is {_listed(today)} now, the snapshot has {_listed(then)}"
+            text = f"-{key} is {_listed(key, today)} now, the snapshot has {_listed(key, then)}"
             yield Mismatch("definition", key, text)
 
 
-def _listed(values: list[str]) -> str:
-    return " and ".join(map(repr, values)) or "absent"
+def _listed(key: str, values: list[str]) -> str:
+    return " and ".join(repr(redacted_value(key, value)) for value in values) or "absent"
 
 
 def _disk_set_mismatches(manifest: Manifest, record: VmRecord) -> Iterator[Mismatch]:
@@ -59,7 +60,8 @@ def _disk_set_mismatches(manifest: Manifest, record: VmRecord) -> Iterator[Misma
         yield Mismatch("swapped", "disks", "the disks are the same, but in another order")
 
 
-def _part_mismatches(part: StoragePart, manifest: Manifest, found: Found) -> Iterator[Mismatch]:
+def part_mismatches(part: StoragePart, manifest: Manifest, found: Found) -> Iterator[Mismatch]:
+    """What of one part of a snapshot is not what was recorded."""
     for layer in part.layers:
         yield from _layer_mismatches(part, layer, manifest, found)
     if part.kind == "internal" and part.image is not None:

@@ -29,7 +29,9 @@ async def commit(top: Image, base: Image, told: Share) -> None:
     Raises:
         HostError: qemu-img failed, or the images are in use.
     """
-    await _run(told, "commit", "-p", "-d", "-f", top.format, "-b", base.path, f"file:{top.path}")
+    await run_told(
+        told, "commit", "-p", "-d", "-f", top.format, "-b", base.path, f"file:{top.path}"
+    )
     await asyncio.to_thread(images.sync_data, Path(base.path))
 
 
@@ -39,7 +41,7 @@ async def rebase(image: Image, onto: Image | None, told: Share) -> None:
     Raises:
         HostError: As `commit`.
     """
-    await _run(told, "rebase", "-p", "-f", image.format, *_backing(onto), f"file:{image.path}")
+    await run_told(told, "rebase", "-p", "-f", image.format, *_backing(onto), f"file:{image.path}")
     await asyncio.to_thread(images.sync_data, Path(image.path))
 
 
@@ -49,7 +51,9 @@ async def repoint(image: Image, onto: Image) -> None:
     Raises:
         HostError: As `commit`.
     """
-    await _run(_unheard, "rebase", "-u", "-f", image.format, *_backing(onto), f"file:{image.path}")
+    await run_told(
+        _unheard, "rebase", "-u", "-f", image.format, *_backing(onto), f"file:{image.path}"
+    )
     await asyncio.to_thread(images.sync_data, Path(image.path))
 
 
@@ -61,7 +65,14 @@ def _unheard(_: float) -> None:
     pass
 
 
-async def _run(told: Share, *arguments: str) -> None:
+async def run_told(told: Share, *arguments: str) -> None:
+    """Run qemu-img, which ends with us, and pass on how far it is.
+
+    It has a session of its own: Ctrl-C is for us, who undo what it did.
+
+    Raises:
+        HostError: It failed, or is not there.
+    """
     if shutil.which("qemu-img") is None:
         raise HostError("qemu-img cannot be started", "install Debian's qemu-utils")
     try:
@@ -72,6 +83,7 @@ async def _run(told: Share, *arguments: str) -> None:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
     except OSError as error:
         raise HostError("setpriv cannot be started", "install Debian's util-linux") from error

@@ -9,6 +9,7 @@ A crash before the rename leaves a file whose name starts with `TEMPORARY_PREFIX
 it and anybody may remove it. Failures of the host become a `HostError` here, once.
 """
 
+import ctypes
 import errno
 import os
 import secrets
@@ -23,6 +24,9 @@ TEMPORARY_PREFIX = ".calotype-"
 
 _PRIVATE_FILE_MODE = 0o600
 _PRIVATE_DIRECTORY_MODE = 0o700
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 _REMEDIES = {
     errno.ENOENT: "check the path: nothing is there",
     errno.ENOTDIR: "check the path: a part of it is not a directory",
@@ -120,6 +124,48 @@ def create_private(path: Path) -> int:
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
     with host_errors(path):
         return os.open(path, flags, _PRIVATE_FILE_MODE)
+
+
+def require_free(path: Path) -> None:
+    """Refuse to put something where something is already, be it a link to nothing.
+
+    Raises:
+        HostError: Something is there, or there is no such directory.
+    """
+    with host_errors(path):
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, f"there is no directory {path.parent}")
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "something is there already")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a file that is complete and durable its own name, durably; nothing is ever replaced.
+
+    The caller removes the temporary name, which may be gone by then.
+
+    Raises:
+        HostError: Something is at *path*; or the file system cannot do that.
+    """
+    with host_errors(path):
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            _rename_to_free(temporary, path)
+    sync_directory(path.parent)
+
+
+def _rename_to_free(old: Path, new: Path) -> None:
+    """Rename, unless something is at *new*: for file systems without hard links, such as FAT.
+
+    Source: renameat2(2).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def sync_directory(path: Path) -> None:

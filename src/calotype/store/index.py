@@ -115,6 +115,22 @@ class Index:
         except HostError as error:
             self._turn_to_memory(error)
 
+    @staticmethod
+    def fault_of(path: Path, on_disk: tuple[Collection[str], Collection[str]]) -> str:
+        """What is wrong with an index, in words, without mending it; "" if nothing is."""
+        if not path.exists():
+            return ""
+        try:
+            uri = f"{path.absolute().as_uri()}?mode=ro"
+            with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=1)) as database:
+                if _version(database) != SCHEMA_VERSION:
+                    return f"{path} is of another version"
+                known = [{row[0] for row in database.execute(f"SELECT id FROM {table}")}  # noqa: S608
+                         for table in ("vms", "snapshots")]  # fmt: skip
+        except sqlite3.Error as error:
+            return f"{path} is damaged, or cannot be read: {error}"
+        return "" if known == [set(ids) for ids in on_disk] else f"{path} is out of date"
+
     def _make(self) -> None:
         """Make the tables, unless they are there; others may be doing the same."""
         with self._open() as database:

@@ -81,6 +81,17 @@ class Store:
         if not self.index.is_current(self._ids_on_disk()):
             self.rebuild_index()
 
+    @classmethod
+    def looking(cls, root: Path) -> "Store":
+        """A store to be looked at alone: nothing is made, and the index is read from the files.
+
+        There need not be one at *root*: it is empty then.
+        """
+        store = cls.__new__(cls)
+        store.root, store.damage, store.index = root, [], Index(None)
+        store.rebuild_index()
+        return store
+
     @property
     def _vms(self) -> Path:
         return self.root / "vms"
@@ -124,7 +135,7 @@ class Store:
 
     def forgotten(self) -> list[VmRecord]:
         """The VMs that were forgotten; their images may still be immutable."""
-        folders = sorted(self._forgotten.iterdir())
+        folders = sorted(self._forgotten.glob("*/"))
         return [_read(folder / "record.json", VmRecord) for folder in folders]
 
     def forgotten_manifests(self, vm_id: str) -> list[Manifest]:
@@ -201,6 +212,19 @@ class Store:
             lock.write(f"{os.getpid()} {word} (start time {_start_ticks()})\n")
             lock.flush()
             yield
+
+    def is_held(self, vm_id: str) -> bool:
+        """Whether somebody holds the lock on a VM now, by the kernel's list (proc(5), locks).
+
+        Trying the lock would be in the way of whoever wants it just then.
+        """
+        try:
+            inode = (self.folder(vm_id) / "lock").stat().st_ino
+            lines = Path("/proc/locks").read_text().splitlines()
+        except OSError:
+            return False
+        rows = [line.split() for line in lines]
+        return any("FLOCK" in row and row[-3].endswith(f":{inode}") for row in rows)
 
     # --- snapshots -------------------------------------------------------------------------------
 
@@ -301,6 +325,10 @@ class Store:
                 shutil.rmtree(path)
 
     # --- index -----------------------------------------------------------------------------------
+
+    def index_fault(self) -> str:
+        """What is wrong with the index's file, in words; "" if nothing is, or if there is none."""
+        return Index.fault_of(self.root / "index.sqlite", self._ids_on_disk())
 
     def rebuild_index(self) -> int:
         """Make the index anew from what can be read; return how many snapshots there are.

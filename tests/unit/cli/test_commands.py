@@ -128,7 +128,7 @@ def test_the_version_is_told(calotype: Calotype) -> None:
         ("take", "-x"),
         ("restore", "web", "--run-state", "off"),
         ("list", "one", "two"),
-        ("doctor",),
+        ("doctor", "web"),
         ("stop", "web", "--timeout", "soon"),
         ("stop", "web", "--timeout", "-1"),
         ("stop", "web", "--timeout", "0"),
@@ -841,6 +841,68 @@ def test_logs_print_what_was_said_byte_by_byte(
         main(["logs", "web", *words])
     assert caught.value.code == 0
     assert capfdbinary.readouterr().out == out
+
+
+SECRET_ARGV = (
+    "qemu-system-x86_64",
+    "-object", "secret,id=s0,data=hunter2",
+    "-device", "isa-applesmc,osk=hunter2",
+)  # fmt: skip
+
+
+def test_no_secret_of_a_command_line_is_shown(calotype: Calotype, root: Path) -> None:
+    definition = (("device", "driver=isa-applesmc,osk=hunter2"),)
+    record = keep(
+        root,
+        make_record(argv=SECRET_ARGV),
+        make_manifest(argv=SECRET_ARGV, definition=definition),
+    )
+    (Store(root).folder(record.id) / "qemu.log").write_text(
+        "started\nqemu: -object secret,id=s0,data=hunter2: no\nthe end"
+    )
+    for words in (
+        ("show", "web"), ("show", "web", "--latest"), ("show", "web", "--latest", "--paths"),
+        ("logs", "web", "--qemu"), ("list",), ("ps",), ("history", "web"),
+    ):  # fmt: skip
+        for as_json in ((), ("--json",)):
+            said = calotype(*words, *as_json)
+            assert said.code == 0
+            assert "hunter2" not in said.out + said.err, words
+    assert calotype("show", "web", "--json").json["vm"]["argv"][2] == "secret,id=s0,data=REDACTED"
+    assert "REDACTED: no\nthe end" in calotype("logs", "web", "--qemu").out
+    refused = calotype("restore", "web", "--latest", "--json")
+    assert refused.code == 5
+    assert "hunter2" not in refused.out + refused.err
+    assert Store(root).find("web").argv == SECRET_ARGV
+    kept = Store(root).folder(record.id) / "record.json"
+    assert kept.stat().st_mode & 0o077 == 0
+
+
+def test_show_tells_where_each_part_is(calotype: Calotype, root: Path) -> None:
+    keep(root, None, make_manifest([make_part(0), make_part(1, "internal"), make_part(2, "skip")]))
+    lines = calotype("show", "web", "--latest", "--paths").out.splitlines()
+    assert lines == [
+        "disk disk0: external",
+        f"  {disk_path(0)} (qcow2)",
+        f"disk disk1: internal, inside as calotype-{SNAPSHOT} (id 1)",
+        f"  {disk_path(1)} (qcow2)",
+        "disk disk2: skip",
+        "machine state: stream",
+        f"  {root}/vms/{VM_ID}/snapshots/{SNAPSHOT}/machine-state",
+    ]
+    assert calotype("show", "web", "--paths").code == 2
+
+
+def test_extract_names_what_it_cannot_copy(calotype: Calotype, root: Path) -> None:
+    keep(root, None, make_manifest())
+    words = ("extract", "web", "disk0", "--latest")
+    assert calotype(*words).code == 2
+    assert calotype(*words, "-o", "x", "--format", "vmdk").code == 2
+    assert calotype("extract", "web", "disk0", "-o", "x").code == 2
+    assert calotype("extract", "web", "disk7", "--latest", "-o", "x").code == 3
+    missing = calotype(*words, "-o", str(root / "x"))
+    assert (missing.code, "is missing" in missing.err) == (5, True)
+    assert not (root / "x").exists()
 
 
 def test_logs_are_text_in_json(calotype: Calotype, root: Path) -> None:

@@ -189,3 +189,37 @@ def test_what_a_crash_leaves_is_known_by_its_name(
         write_atomically(tmp_path / "file", b"")
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(files.TEMPORARY_PREFIX)
+
+
+@pytest.fixture(params=["links", "no links"])
+def linking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that has hard links, and one that has none."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.usefixtures("linking")
+def test_a_whole_file_gets_its_name_and_nothing_is_replaced(tmp_path: Path) -> None:
+    temporary, path = tmp_path / "temporary", tmp_path / "path"
+    temporary.write_text("one")
+    files.publish(temporary, path)
+    temporary.write_text("two")
+    for there in (path, tmp_path / "link"):
+        if not there.exists():
+            there.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(HostError, match="exists") as caught:
+            files.publish(temporary, there)
+        assert "another name" in caught.value.remedy
+    assert (temporary.read_text(), os.readlink(there)) == ("two", str(tmp_path / "nowhere"))  # noqa: PTH115 - as it is
+
+
+def test_what_is_not_free_is_refused(tmp_path: Path) -> None:
+    files.require_free(tmp_path / "new")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "link", tmp_path, tmp_path / "nosuch" / "new"):
+        with pytest.raises(HostError):
+            files.require_free(path)

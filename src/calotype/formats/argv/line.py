@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from calotype.errors import CommandLineError
 from calotype.formats.argv.arity import FLAGS, VALUED
+from calotype.formats.secrets import redacted, redacted_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,13 @@ class Argument:
 
     def refused(self, problem: str, remedy: str) -> CommandLineError:
         """The error that says what is wrong with this argument, and what to do."""
+        words = redacted(self.words())
+        value = None if self.value is None else words[-1]
         return CommandLineError(
-            f"{' '.join(self.words())}: {problem}", remedy, option=self.option, value=self.value
+            f"{' '.join(words)}: {redacted_value('', problem)}",
+            redacted_value("", remedy),
+            option=self.option,
+            value=value,
         )
 
 
