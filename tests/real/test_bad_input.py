@@ -105,6 +105,7 @@ WRONG: dict[str, tuple[tuple[Word, ...], int]] = {
     "an image of another": (("run", "other", "--", "qemu-system-x86_64", "zero.qcow2"), CONFLICT),
     "no disk on a command line": (("run", "other", "--", "qemu-system-x86_64", "-hda"), REQUEST),
     "an image that is not there": (("run", "other", "--", "qemu-system-x86_64", "no.qcow2"), HOST),
+    "a take with an empty tag": (("take", "small", "--tag", ""), REQUEST),
     "two ways to name one": (("restore", "small", "--latest", "--tag", "first"), REQUEST),
     "no way to name one": (("delete", "small"), REQUEST),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """One session of a user, through the installed command, with a terminal where a user has one."""
 
+import json
 import os
 import pty
 import select
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from calotype.testing.machine import Machine
+from calotype.testing.machine import Machine, wait
 from calotype.testing.witness_vm import WitnessVm
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
@@ -144,6 +145,26 @@ def test_the_console_takes_what_is_piped_into_it(boot: Boot) -> None:
         said += os.read(piped.stdout.fileno(), 4096)
     piped.communicate(timeout=30)
     assert piped.returncode == 0
+
+
+def test_what_the_console_says_is_one_object_when_it_ends(boot: Boot) -> None:
+    vm = boot()
+    mark = vm.console_size()
+    piped = subprocess.Popen(
+        [CALOTYPE, "console", vm.name, "--json"],
+        env={**os.environ, "CALOTYPE_STORE": str(vm.store)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert piped.stdin
+    piped.stdin.write(b"check\n")
+    piped.stdin.flush()
+    log = vm.home / "console.log"
+    wait(lambda: b"CHECKED" in log.read_bytes()[mark:], "the guest's answer")
+    said, _ = piped.communicate(timeout=30)
+    told = json.loads(said)
+    assert (piped.returncode, told["vm"], told["schema"]) == (0, vm.name, 1)
+    assert "CHECKED" in told["text"]
 
 
 def test_logs_follow_until_the_vm_ends(boot: Boot) -> None:

@@ -6,6 +6,7 @@ one wait for ever without a word.
 
 import contextlib
 import fcntl
+import functools
 import os
 import select
 import shlex
@@ -13,12 +14,12 @@ import socket
 import sys
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
-from calotype.cli.output import Settings, common
+from calotype.cli.output import Settings, common, say
 
 ESCAPE = b"\x1d"
 """Ctrl-], as telnet and virsh have it."""
@@ -30,7 +31,8 @@ ESCAPE = b"\x1d"
 def command(settings: Settings, name: str) -> None:
     """Connect to the console of the VM NAME; Ctrl-] ends it.
 
-    Without a terminal, standard input is sent, and what the guest says until input ends is printed.
+    Without a terminal, standard input is sent, and what the guest says until input ends is printed;
+    with --json it is printed as one object, in the end.
     """
     from calotype.engine import launch  # noqa: PLC0415
     from calotype.errors import ConflictError  # noqa: PLC0415
@@ -52,7 +54,13 @@ def command(settings: Settings, name: str) -> None:
     folder = store.folder(record.id)
     alone = _alone(folder / "console.lock", name)
     with alone, open_socket(folder / launch.CONSOLE) as guest, _raw_terminal():
-        _talk(guest, sys.stdin.fileno(), sys.stdout.fileno())
+        if settings.as_json:
+            said: list[bytes] = []
+            _talk(guest, sys.stdin.fileno(), said.append)
+        else:
+            _talk(guest, sys.stdin.fileno(), functools.partial(os.write, sys.stdout.fileno()))
+    if settings.as_json:
+        say(settings, {"vm": name, "text": b"".join(said).decode(errors="replace")}, [])
 
 
 @contextlib.contextmanager
@@ -86,7 +94,7 @@ def _raw_terminal() -> Iterator[None]:
         click.echo("", err=True)
 
 
-def _talk(guest: socket.socket, keyboard: int, screen: int) -> None:
+def _talk(guest: socket.socket, keyboard: int, screen: Callable[[bytes], object]) -> None:
     """Carry bytes both ways until either side ends."""
     is_terminal = os.isatty(keyboard)
     while True:
@@ -95,7 +103,7 @@ def _talk(guest: socket.socket, keyboard: int, screen: int) -> None:
             said = guest.recv(1 << 16)
             if not said:
                 return
-            os.write(screen, said)
+            screen(said)
         if keyboard in ready:
             typed = os.read(keyboard, 1 << 12)
             if not typed or (is_terminal and ESCAPE in typed):

@@ -26,7 +26,7 @@ _KINDS = ("external", "internal", "skip")
 
 @click.command("take")
 @click.argument("name")
-@click.option("--tag", default="", metavar="TAG", help="Your name for it; need not be unique.")
+@click.option("--tag", metavar="TAG", help="Your name for it; need not be unique.")
 @click.option("--description", default="", metavar="TEXT", help="Free text, kept with it.")
 @click.option(
     "--machine-state",
@@ -76,7 +76,7 @@ _KINDS = ("external", "internal", "skip")
 def command(
     settings: Settings,
     name: str,
-    tag: str,
+    tag: str | None,
     description: str,
     machine_state: Any,
     method: Any,
@@ -93,11 +93,14 @@ def command(
     """
     from calotype.cli.progress_bar import progress_bar  # noqa: PLC0415
     from calotype.engine import operations  # noqa: PLC0415
+    from calotype.errors import RequestError  # noqa: PLC0415
     from calotype.model import names  # noqa: PLC0415
     from calotype.plan.take_plan import TakeRequest  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    names.check_tag(tag)
+    if tag == "":
+        raise RequestError("the tag is empty", "name one, or leave --tag out")
+    names.check_tag(tag or "")
     names.check_description(description)
     _refuse_contradiction(machine_state, method)
     store = Store(settings.store_path, make=False)
@@ -111,7 +114,7 @@ def command(
     with progress_bar(quiet or settings.as_json) as progress:
         manifest = run_async(
             operations.take(
-                store, name, request, tag=tag, description=description, progress=progress
+                store, name, request, tag=tag or "", description=description, progress=progress
             ),
             UNDONE,
         )

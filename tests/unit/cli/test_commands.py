@@ -432,7 +432,7 @@ def test_the_words_of_a_take_become_a_request(
     assert asked(monkeypatch, calotype, *words)[0] == request_
 
 
-@pytest.mark.parametrize("tag", ["before upgrade", "2", "--json", "-q", "it's", ""])
+@pytest.mark.parametrize("tag", ["before upgrade", "2", "--json", "-q", "it's"])
 def test_a_tag_and_a_description_are_taken_as_they_are(
     monkeypatch: pytest.MonkeyPatch, calotype: Calotype, tag: str
 ) -> None:
