@@ -200,7 +200,7 @@ async def _do_nothing(*_: object) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _no_guard(_: Path) -> AsyncIterator["_NoGuard"]:
+async def _no_guard(*_: object) -> AsyncIterator["_NoGuard"]:
     yield _NoGuard()
 
 
@@ -210,8 +210,9 @@ class _NoGuard:
     async def arm(self, limit_s: float) -> None:
         """Do nothing."""
 
-    async def stand_down(self) -> None:
+    async def stand_down(self) -> bool:
         """Do nothing."""
+        return True
 
 
 def main(words: Sequence[str]) -> None:

@@ -105,8 +105,15 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     return plain[hint]
 
 
+PATIENT = settings(
+    max_examples=15,
+    deadline=None,  # whole records are drawn, twice: how long that takes is the machine's business
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
 @pytest.mark.parametrize("kind", STEPS)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@PATIENT
 @given(data=st.data())
 def test_every_kind_of_step_is_read_back(
     tmp_path: Path, kind: type[Step], data: st.DataObject
@@ -120,7 +127,7 @@ def test_every_kind_of_step_is_read_back(
 
 
 @pytest.mark.parametrize("kind", [each for each in get_args(Entry) if each is not Began])
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@PATIENT
 @given(data=st.data())
 def test_every_kind_of_entry_is_read_back(
     tmp_path: Path, kind: type[Struct], data: st.DataObject
