@@ -50,6 +50,7 @@ async def plan_only(store: Store, name: str, request: TakeRequest) -> TakePlan:
     """Say what `take` would do; nothing is changed."""
     record = store.find(name)
     qemu = _must_run(store, record)
+    launch.refuse_limited(store, record, "take")
     async with launch.looking(store, record) as monitor:
         _, plan = await _observe_and_plan(store, record, qemu, monitor, request)
     return plan
@@ -87,6 +88,7 @@ async def take(
     """
     async with changing(store, name, "take", progress=progress) as record:
         qemu = _must_run(store, record)
+        launch.refuse_limited(store, record, "take")
         async with launch.controlling(store, record) as monitor:
             facts, plan = await _observe_and_plan(store, record, qemu, monitor, request)
             if plan.blockers:
@@ -110,6 +112,7 @@ async def _observe_and_plan(
 def _must_run(store: Store, record: VmRecord) -> Process:
     qemu = launch.is_running(store, record)
     if qemu is None:
+        launch.refuse_restarted(record)
         raise ConflictError(
             f"the VM {record.name!r} does not run", f"`calotype start {shlex.quote(record.name)}`"
         )
@@ -152,6 +155,7 @@ async def restore(
     """
     async with changing(store, name, "restore", progress=progress) as record:
         _must_not_run(store, record)
+        launch.require_startable(store, record)
         manifest = store.manifest(record.id, snapshot)
         definition = _definition(record)
         found = finding.find(store, record, manifest, definition)
@@ -223,6 +227,7 @@ async def start(store: Store, name: str) -> VmRecord:
     """
     async with changing(store, name, "start", whole=False) as record:
         if launch.is_running(store, record) is None:
+            launch.require_startable(store, record)
             await _start(store, record)
         else:
             await _let_run(store, record)
@@ -287,14 +292,17 @@ async def _end(store: Store, record: VmRecord, qemu: Process) -> None:
         async with launch.controlling(store, record) as monitor:
             await monitor.execute("quit")
     except (QemuError, ConflictError):
-        process.kill(qemu)
+        if qemu.monitor:  # perhaps its user is at the monitor: QEMU flushes its images and ends
+            process.terminate(qemu)
+        else:
+            process.kill(qemu)
     if not await process.ended(qemu, 30.0):
         process.kill(qemu)
         await process.ended(qemu, 10.0)
 
 
 async def forget(store: Store, name: str) -> tuple[VmRecord, Path, list[Manifest]]:
-    """Take a VM that does not run out of the catalogue; all its files stay.
+    """Take a VM that does not run, or that was adopted, out of the catalogue; all its files stay.
 
     Returns:
         The record, the folder that its files are in now, and the snapshots in it.
@@ -303,7 +311,9 @@ async def forget(store: Store, name: str) -> tuple[VmRecord, Path, list[Manifest
         ConflictError: It runs.
     """
     async with changing(store, name, "forget") as record:
-        _must_not_run(store, record)
+        qemu = launch.is_running(store, record)
+        if qemu is None or not qemu.monitor:  # one that is not ours runs on
+            _must_not_run(store, record)
         manifests, _ = store.sound_manifests(record.id)
         return record, store.forget(record), manifests
 

@@ -22,7 +22,7 @@ from calotype.engine import launch
 from calotype.engine.world import World
 from calotype.errors import CalotypeError, QemuError
 from calotype.model.vm import Image
-from calotype.qemu import guarding, live_merge
+from calotype.qemu import live_merge
 from calotype.qemu.guarding import Switch
 from calotype.qemu.monitor import Monitor
 
@@ -51,10 +51,14 @@ async def _switch(world: World, monitor: Monitor, job: str, top: Image, base: Im
         await _seen_through(_go_over(world, monitor, job, top, base))
         return
     folder = world.store.folder(world.record.id)
-    async with guarding.posted(folder / launch.GUARD) as guard:
+    async with launch.guarded(world.store, world.record, monitor) as guard:
         await guard.arm(LIMIT_S, Switch(str(folder / "record.json"), base.path, job))
         await _seen_through(_paused(world, monitor, job, top, base))
-        await guard.stand_down()
+        if not await guard.stand_down():
+            raise QemuError(
+                f"the switch from {top.path} took too long, and the guard has ended it",
+                "`calotype recover` sees it through",
+            )
 
 
 async def _paused(world: World, monitor: Monitor, job: str, top: Image, base: Image) -> None:

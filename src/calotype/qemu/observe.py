@@ -40,6 +40,9 @@ DISK_DRIVERS = frozenset({"qcow2", "raw"})
 HARMLESS_DRIVERS = frozenset({"null-co", "null-aio"})
 """Writable, but nothing that is written to them is kept."""
 
+_FILES = frozenset({"file", "host_device", "host_cdrom"})
+"""The drivers whose name for a node is a path, from QEMU's folder on."""
+
 LIVE_BACKENDS = frozenset({"memory-backend-ram", "memory-backend-memfd"})
 
 
@@ -152,6 +155,27 @@ async def observe_topology(monitor: Monitor) -> Topology:
     )
 
 
+async def relative_names(monitor: Monitor) -> tuple[str, ...]:
+    """The files that QEMU knows by a path from its folder on, as it spells them."""
+    nodes = await monitor.execute("query-named-block-nodes", flat=True)
+    paths = {node["file"] for node in nodes if node["drv"] in _FILES}
+    return tuple(sorted(path for path in paths if not path.startswith("/")))
+
+
+async def plugged_in(monitor: Monitor) -> frozenset[str]:
+    """The devices, as `Topology` has them, that were plugged in after QEMU was started.
+
+    Their QOM property says so (hw/core/qdev.c, device_get_hotplugged).
+    """
+    found = set()
+    async for device in _devices(monitor):
+        name = device.partition("=")[0]
+        for place in ("peripheral", "peripheral-anon"):
+            if await _property(monitor, f"/machine/{place}/{name}", "hotplugged") is True:
+                found.add(device)
+    return frozenset(found)
+
+
 async def name_disks(monitor: Monitor, disks: tuple[DiskRecord, ...]) -> tuple[DiskRecord, ...]:
     """The disks, those without a name of the user's called by the drive name that QEMU gave.
 
@@ -185,11 +209,18 @@ class Blocks(NamedTuple):
 
 
 async def _blocks(monitor: Monitor) -> Blocks:
+    nodes = await monitor.execute("query-named-block-nodes", flat=True)
     return Blocks(
-        await monitor.execute("query-named-block-nodes", flat=True),
+        [{**node, "file": _placed(node, monitor.cwd)} for node in nodes],
         await monitor.execute("query-block"),
         await monitor.execute("x-debug-query-block-graph"),
     )
+
+
+def _placed(node: Mapping[str, Any], cwd: str) -> str:
+    """A node's file name; what a user's QEMU may know by another name, by the one that we know."""
+    name = str(node["file"])
+    return os.path.realpath(Path(cwd) / name) if cwd and node["drv"] in _FILES else name
 
 
 def _join(disks: tuple[DiskRecord, ...], blocks: Blocks) -> list[Joined]:
