@@ -11,6 +11,8 @@ from calotype.cli.output import Settings, common, run_async, say
 def command(settings: Settings, name: str) -> None:
     """Forget the VM NAME, which must not run; nothing of it is deleted.
 
+    One that was adopted may run, and runs on.
+
     What is kept is listed: the image with the newest content of each disk, and the snapshots.
     """
     from calotype.engine import operations  # noqa: PLC0415

@@ -25,6 +25,7 @@ def command(
     """Show the VM NAME, and which image of each disk is the active one; or one of its snapshots."""
     import msgspec  # noqa: PLC0415
 
+    from calotype.engine import launch  # noqa: PLC0415
     from calotype.engine.select import select  # noqa: PLC0415
     from calotype.model.labels import labelled  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
@@ -33,11 +34,12 @@ def command(
     record = store.find(name)
     if id_prefix is None and tag is None and not latest:
         frozen = [disk.origin.path for disk in record.disks if disk.active != disk.origin]
-        say(
-            settings,
-            {"vm": msgspec.to_builtins(record), "protection": _protection(frozen)},
-            list(_vm_lines(store, record)),
-        )
+        told = {
+            "vm": msgspec.to_builtins(record),
+            "protection": _protection(frozen),
+            "limits": msgspec.to_builtins(launch.limits(store, record)),
+        }
+        say(settings, told, [*_vm_lines(store, record), *_adopted_lines(store, record)])
         return
     entry = select(store, record, id_prefix=id_prefix, tag=tag, latest=latest)
     labels = store.labels(record.id, entry.id)
@@ -61,8 +63,23 @@ def _vm_lines(store: "Store", record: "VmRecord") -> Iterator[str]:
         if disk.active != disk.origin:
             yield f"  the command line names {disk.origin.path}, which is frozen"
             yield f"    {_protection_words(disk.origin.path)}"
-    yield f"started in {record.cwd} with:"
+    yield f"{'starts' if record.adopted else 'started'} in {record.cwd} with:"
     yield f"  {shlex.join(record.argv)}"
+
+
+def _adopted_lines(store: "Store", record: "VmRecord") -> Iterator[str]:
+    """Where a VM that was adopted is reached, and what does not work with it."""
+    from calotype.cli.adopt_cmd import limit_lines  # noqa: PLC0415
+    from calotype.engine import launch  # noqa: PLC0415
+
+    if record.adopted is None:
+        return
+    qemu = launch.is_running(store, record)
+    own = "its own user" if qemu is None or qemu.monitor else "Calotype, since"
+    yield f"adopted at {record.adopted.qmp}; started last by {own}"
+    for dropped in record.adopted.dropped:
+        yield f"  was started with {dropped.words}: {dropped.reason}"
+    yield from limit_lines(launch.limits(store, record))
 
 
 def _snapshot_lines(manifest: "Manifest") -> Iterator[str]:

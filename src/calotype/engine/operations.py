@@ -55,6 +55,7 @@ async def plan_only(store: Store, name: str, request: TakeRequest) -> TakePlan:
     """Say what `take` would do; nothing is changed."""
     record = store.find(name)
     qemu = _must_run(store, record)
+    launch.refuse_limited(store, record, "take")
     async with launch.looking(store, record) as monitor:
         _, plan = await _observe_and_plan(store, record, qemu, monitor, request)
     return plan
@@ -92,6 +93,7 @@ async def take(
     """
     async with changing(store, name, "take", progress=progress) as record:
         qemu = _must_run(store, record)
+        launch.refuse_limited(store, record, "take")
         async with launch.controlling(store, record) as monitor:
             facts, plan = await _observe_and_plan(store, record, qemu, monitor, request)
             if plan.blockers:
@@ -115,6 +117,7 @@ async def _observe_and_plan(
 def _must_run(store: Store, record: VmRecord) -> Process:
     qemu = launch.is_running(store, record)
     if qemu is None:
+        launch.refuse_restarted(record)
         raise ConflictError(
             f"the VM {record.name!r} does not run", f"`calotype start {shlex.quote(record.name)}`"
         )
@@ -208,6 +211,7 @@ async def _plan_restore(
     snapshot: str,
     request: RestoreRequest,
 ) -> RestorePlan:
+    launch.require_startable(store, record)
     manifest = store.manifest(record.id, snapshot)
     found = finding.find(store, record, manifest, _definition(record))
     running = None if monitor is None else await finding.find_running(store, record, monitor)
@@ -245,21 +249,11 @@ async def restore_stopping_first(
     """
     async with changing(store, name, "restore", progress=progress) as record:
         qemu = _must_run(store, record)
+        launch.refuse_limited(store, record, "take")
         plan = await _plan_restore(store, record, None, snapshot, request)
         if plan.mismatches:
             raise _mismatched(store.manifest(record.id, snapshot), plan)
-        async with launch.controlling(store, record) as monitor:
-            was_running = (await monitor.execute("query-status"))["running"]
-            await monitor.execute("stop")
-            try:
-                way_back = await _take_way_back(
-                    store, record, qemu, monitor, was_running, snapshot, progress
-                )
-            except BaseException:
-                if was_running:
-                    await shielded(monitor.execute("cont"))
-                raise
-        await _end(store, record, qemu)
+        way_back, was_running = await _save_and_end(store, record, qemu, snapshot, progress)
         ended = store.record(record.id)
         discarding = replace(request, discard_current=True)  # nothing was written since
         try:
@@ -275,6 +269,25 @@ async def restore_stopping_first(
                 error.add_note(f"`{again}` tries it again")
             raise
     return done, way_back.id
+
+
+async def _save_and_end(
+    store: Store, record: VmRecord, qemu: Process, snapshot: str, progress: Progress
+) -> tuple[Manifest, bool]:
+    """Save a VM that runs as the way back, and end it; also say whether its guest ran."""
+    async with launch.controlling(store, record) as monitor:
+        was_running = (await monitor.execute("query-status"))["running"]
+        await monitor.execute("stop")
+        try:
+            way_back = await _take_way_back(
+                store, record, qemu, monitor, was_running, snapshot, progress
+            )
+        except BaseException:
+            if was_running:
+                await shielded(monitor.execute("cont"))
+            raise
+    await _end(store, record, qemu)
+    return way_back, was_running
 
 
 _NO_LIMIT_MS = 1e9
@@ -364,6 +377,7 @@ async def start(store: Store, name: str) -> VmRecord:
     """
     async with changing(store, name, "start", whole=False) as record:
         if launch.is_running(store, record) is None:
+            launch.require_startable(store, record)
             await _start(store, record)
         else:
             await _let_run(store, record)
@@ -428,14 +442,17 @@ async def _end(store: Store, record: VmRecord, qemu: Process) -> None:
         async with launch.controlling(store, record) as monitor:
             await monitor.execute("quit")
     except (QemuError, ConflictError):
-        process.kill(qemu)
+        if qemu.monitor:  # perhaps its user is at the monitor: QEMU flushes its images and ends
+            process.terminate(qemu)
+        else:
+            process.kill(qemu)
     if not await process.ended(qemu, 30.0):
         process.kill(qemu)
         await process.ended(qemu, 10.0)
 
 
 async def forget(store: Store, name: str) -> tuple[VmRecord, Path, list[Manifest]]:
-    """Take a VM that does not run out of the catalogue; all its files stay.
+    """Take a VM that does not run, or that was adopted, out of the catalogue; all its files stay.
 
     Returns:
         The record, the folder that its files are in now, and the snapshots in it.
@@ -444,7 +461,9 @@ async def forget(store: Store, name: str) -> tuple[VmRecord, Path, list[Manifest
         ConflictError: It runs.
     """
     async with changing(store, name, "forget") as record:
-        _must_not_run(store, record)
+        qemu = launch.is_running(store, record)
+        if qemu is None or not qemu.monitor:  # one that is not ours runs on
+            _must_not_run(store, record)
         manifests, _ = store.sound_manifests(record.id)
         return record, store.forget(record), manifests
 

@@ -94,6 +94,8 @@ class Running(Struct, frozen=True):
     can_let_go: bool
     """Whether it can give up an image that the other takes over (blockdev-set-active)."""
     migration: MigrationFacts
+    adopted_at: str = ""
+    """The QMP socket of one that its user started; "" of one that we did."""
 
 
 class Mismatch(Struct, frozen=True):
@@ -285,6 +287,12 @@ _STOP_FIRST = "give --stop-first: the VM is saved, ended, and put back if the re
 
 
 def _blockers(go: "_Going", running: Running) -> Iterator[Blocker]:
+    if running.adopted_at:
+        yield Blocker(
+            f"its QEMU was started by hand and adopted at {running.adopted_at}, and a second one"
+            " would take its user's sockets",
+            _STOP_FIRST,
+        )
     if go.run_state == "off":
         yield Blocker(
             f"the snapshot {go.manifest.id} has no machine state, and the VM runs",
