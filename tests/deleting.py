@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calotype.engine import deletion, operations
+from calotype.engine import deletion, lifecycle, operations
 from calotype.model.snapshot import StorageKind
 from calotype.model.vm import Image
 from calotype.plan.delete import DeleteRequest
@@ -53,11 +53,11 @@ def merge_at_rest(vm: "Subject") -> None:
     holder = _take(vm, 5, "skip", "external", "skip")
     _take(vm, 6, "external", "skip", "skip")
     store = Store(vm.store)
-    asyncio.run(operations.stop(store, vm.name, now=True))
+    asyncio.run(lifecycle.stop(store, vm.name, now=True))
     request = RestoreRequest(discard_current=True)
     asyncio.run(operations.restore(store, vm.name, doomed, request))
     vm.write(7, 7)
-    asyncio.run(operations.stop(store, vm.name, now=True))
+    asyncio.run(lifecycle.stop(store, vm.name, now=True))
     asyncio.run(deletion.delete(store, vm.name, DeleteRequest(frozenset({holder}))))
 
 

@@ -1,8 +1,8 @@
 """The guard: a small process that ends a pause or a freeze whose owner died, hangs or was stopped.
 
-It is started before the pause, with a QMP connection of its own to the VM and a socket to the
-owner, and stays out of the way: a session of its own, so that what ends the owner's terminal does
-not end it, and nothing but the standard library, so that it starts in a moment.
+It is started before the pause, with a QMP connection to the VM and a socket to the owner, and stays
+out of the way: a session of its own, so that what ends the owner's terminal does not end it, and
+nothing but the standard library, so that it starts in a moment.
 
     owner                                   guard
       <----------------------------- READY    it has greeted QEMU
@@ -10,13 +10,16 @@ not end it, and nothing but the standard library, so that it starts in a moment.
       <----------------------------- ARMED    only now does the owner stop the guest
       ... the pause ...
       STAND DOWN ------------------------->   the guest runs, or need not
+      <------------------------ STOOD DOWN    it has let go of QEMU; or, at any time before:
+      <---------------------------- ACTING    it is about to let the guest run
 
-If the owner hangs up before it says STAND DOWN, or the deadline passes, the guard cancels the save,
-lets the guest run and watches that it does. It asks several times, because what the owner had sent
-may still wait inside QEMU: a `stop` that is carried out after our `cont` must not have the last
-word. To cancel first is right for every method: an ordinary migration that goes on would stop the
-guest again when it completes. What the owner had begun otherwise is undone by `recover`; the
-window's tables never accept a snapshot in whose pause somebody else let the guest run.
+If the owner hangs up before it says STAND DOWN, or the deadline passes, the guard says ACTING,
+cancels the save, lets the guest run and watches that it does. It asks several times, because what
+the owner had sent may still wait inside QEMU: a `stop` that is carried out after our `cont` must
+not have the last word. To cancel first is right for every method: an ordinary migration that goes
+on would stop the guest again when it completes. What the owner had begun otherwise is undone by
+`recover`; the window's tables never accept a snapshot in whose pause somebody else let the guest
+run.
 
 In a *switch* (the guest goes over from an overlay to the image below, which holds the same by then)
 letting it run is right only if QEMU writes to the image that the record names. The record changes
@@ -41,8 +44,16 @@ also one that was stopped, and what the owner had sent comes before what the gua
 that hangs is asked for minutes, and so is one that died and may be started again: it comes back in
 the frozen state (qga/main.c, ga_set_frozen, which leaves a file).
 
-Run as: python -m calotype.guard QMP-FD OWNER-FD [NEW-QMP-FD NEW-PID-FD]
-or as:  python -m calotype.guard --thaw AGENT-FD OWNER-FD
+The connection is one of the guard's own, or, where QEMU has a single monitor, the *owner's*: both
+hold the same socket then, and the guard neither reads nor writes before it acts. Then it may find
+the owner's half-said words on the wire, and the owner's answers, and an owner that still reads may
+take an answer away. So it first makes QEMU's parser forget what was begun (a byte 0xFF:
+docs/interop/qmp-spec.rst, "Forcing the JSON parser into known-good state"), knows its answers by
+their ids, and asks again for one that does not come. In turn the owner can miss that the guest was
+let run, so it accepts nothing before it has heard STOOD DOWN; see `calotype.qemu.guarding`.
+
+Run as: python -m calotype.guard QMP-FD OWNER-FD [shared | NEW-QMP-FD NEW-PID-FD]
+or as:  python -m calotype.guard AGENT-FD OWNER-FD thaw
 """
 
 import contextlib
@@ -59,14 +70,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 READY, ARMED, STAND_DOWN = b"READY\n", b"ARMED\n", b"STAND DOWN\n"
+STOOD_DOWN, ACTING = b"STOOD DOWN\n", b"ACTING\n"
 ARM = b"ARM "
-THAW = "--thaw"
+SHARED, THAW = "shared", "thaw"
 
 RESCUE_S = 30.0
 """How long it is tried to let the guest run."""
 STEADY = 8
 """How many looks in a row must find the guest running."""
 LOOK_S = 0.02
+LOST_S = 1.0
+"""After how long an answer is held for lost that the owner may have read."""
 
 THAW_S = 600.0
 """How long it is tried to thaw the guest's file systems."""
@@ -75,6 +89,7 @@ AGAIN_S = 2.0
 HEARD_BYTES = 1 << 16
 """How much of what the agent says is kept."""
 
+FORGET = b"\xff\n"
 _AT_REST = frozenset({"paused", "postmigrate", "finish-migrate", "prelaunch"})
 
 _PIDFD_GETFD = 438
@@ -84,27 +99,76 @@ _UFFDIO_UNREGISTER, _UFFDIO_WAKE = 0x8010AA01, 0x8010AA02
 
 
 class Qemu:
-    """A QMP connection, blocking, each wait bounded."""
+    """A QMP connection, blocking, each wait bounded by *patience_s*."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, patience_s: float) -> None:
         connection.settimeout(RESCUE_S)
         self._connection = connection
-        self._lines = connection.makefile("rb")
+        self._patience_s = patience_s
+        self._asked = 0
+        self._unread = b""
 
     def greet(self) -> None:
         """Read the greeting and leave the negotiation."""
-        self._lines.readline()
+        self._line(time.monotonic() + RESCUE_S)
         self.ask("qmp_capabilities")
 
+    def take_over(self) -> None:
+        """Go on with a connection that another may have left in mid-word."""
+        self._connection.sendall(FORGET)
+
     def ask(self, command: str, **arguments: Any) -> Any:
-        """Send a command; its value, or None where QEMU refused it."""
-        words = {"execute": command, "arguments": arguments}
+        """Send a command; its value, or None where QEMU refused it, or no answer came in time."""
+        self._asked += 1
+        name = f"guard-{self._asked}"
+        words = {"execute": command, "arguments": arguments, "id": name}
         self._connection.sendall(json.dumps(words).encode() + b"\n")
-        while line := self._lines.readline():
-            message = json.loads(line)
-            if "return" in message or "error" in message:
+        until = time.monotonic() + self._patience_s
+        while line := self._line(until):
+            message = _read(line)
+            if message.get("id") == name:
                 return message.get("return")
-        raise ConnectionError("QEMU is gone")
+        return None
+
+    def _line(self, until: float) -> bytes:
+        """The next line; nothing where none came in time."""
+        while b"\n" not in self._unread:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._connection], [], [], left)[0]:
+                return b""
+            with contextlib.suppress(BlockingIOError):  # the owner was quicker
+                self._unread += self._heard()
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line + b"\n"
+
+    def _heard(self) -> bytes:
+        heard = os.read(self._connection.fileno(), 1 << 16)  # `recv` would wait once more
+        if not heard:
+            raise ConnectionError("QEMU is gone")
+        return heard
+
+
+def _read(line: bytes) -> dict[str, Any]:
+    """A message; one that is cut, for its beginning or end was read by the owner, holds nothing."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+class Successor:
+    """The QEMU that is to take the other's place in a handover; it is greeted at once."""
+
+    def __init__(self, qmp_fd: int, pid_fd: int) -> None:
+        self.qemu = Qemu(socket.socket(fileno=qmp_fd), RESCUE_S)
+        self._pid_fd = pid_fd
+        self.qemu.greet()
+
+    def end(self) -> None:
+        """End its process and wait: until it is gone it has its ports."""
+        signal.pidfd_send_signal(self._pid_fd, signal.SIGKILL)
+        select.select([self._pid_fd], [], [], RESCUE_S)
 
 
 class Agent:
@@ -205,14 +269,13 @@ def rescue(qemu: Qemu, switch: dict[str, str] | None = None, forgetful: int | No
             time.sleep(LOOK_S)
 
 
-def take_side(old: Qemu, new: Qemu, new_pid_fd: int, handover: dict[str, Any]) -> None:
+def take_side(old: Qemu, new: Successor, handover: dict[str, Any]) -> None:
     """Let the guest of the one QEMU run whose images the record names."""
     if is_recorded(handover):
         if handover["let_run"]:
-            rescue(new)
+            rescue(new.qemu)
         return
-    signal.pidfd_send_signal(new_pid_fd, signal.SIGKILL)
-    select.select([new_pid_fd], [], [], RESCUE_S)  # until it is gone it has its ports
+    new.end()
     for act in handover["back"]:
         with contextlib.suppress(OSError):  # it had not been handed over
             hand_back(old, act)
@@ -315,44 +378,59 @@ def complete(qemu: Qemu, job: str, until: float) -> None:
     """Have a job switch the guest over, and wait until it has; one that has already is no error."""
     qemu.ask("job-complete", id=job)
     while time.monotonic() < until:
-        states = {each["id"]: each["status"] for each in qemu.ask("query-jobs") or ()}
-        if states.get(job, "concluded") == "concluded":
-            return
+        jobs = qemu.ask("query-jobs")
+        if jobs is not None:
+            states = {each["id"]: each["status"] for each in jobs}
+            if states.get(job, "concluded") == "concluded":
+                return
         time.sleep(LOOK_S)
 
 
 def main() -> None:
     """Guard one pause, or one freeze."""
     words = sys.argv[1:]
-    line_fd, owner_fd, *new_fds = (int(word) for word in words if word != THAW)
+    line_fd, owner_fd, *new_fds = (int(word) for word in words if word.isdigit())
     with (
-        socket.socket(fileno=line_fd) as connection,
         socket.socket(fileno=owner_fd) as owner,
         contextlib.suppress(OSError, ValueError),  # one of them is gone, be it in mid-word
     ):
-        if THAW in words:
-            guard_freeze(Agent(connection), owner)
-        else:
-            guard_pause(Qemu(connection), owner, new_fds)
+        with socket.socket(fileno=line_fd) as connection:
+            if THAW in words:
+                acted = guard_freeze(Agent(connection), owner)
+            else:
+                acted = guard_pause(connection, owner, new_fds, is_shared=SHARED in words)
+        if not acted:
+            owner.sendall(STOOD_DOWN)
 
 
-def guard_freeze(agent: Agent, owner: socket.socket) -> None:
-    """Thaw if the owner does not."""
-    if watch(owner) is not None:
-        agent.thaw()
+def guard_freeze(agent: Agent, owner: socket.socket) -> bool:
+    """Thaw if the owner does not; whether it did not."""
+    if watch(owner) is None:
+        return False
+    agent.thaw()
+    return True
 
 
-def guard_pause(qemu: Qemu, owner: socket.socket, new_fds: Sequence[int]) -> None:
-    """Let the guest run if the owner does not; in a handover, one of the two."""
-    qemu.greet()
-    if new_fds:
-        new = Qemu(socket.socket(fileno=new_fds[0]))
-        new.greet()
+def guard_pause(
+    connection: socket.socket, owner: socket.socket, new_fds: Sequence[int], *, is_shared: bool
+) -> bool:
+    """Let the right guest run if the owner does not; whether it did not."""
+    qemu = Qemu(connection, LOST_S if is_shared else RESCUE_S)
+    if not is_shared:
+        qemu.greet()
+    new = Successor(*new_fds) if new_fds else None
     orders = watch(owner)
-    if orders is not None and orders.handover is not None:
-        take_side(qemu, new, new_fds[1], orders.handover)
-    elif orders is not None:
+    if orders is None:
+        return False
+    with contextlib.suppress(OSError):  # there may be nobody left to tell
+        owner.sendall(ACTING)
+    if is_shared:
+        qemu.take_over()
+    if new is not None and orders.handover is not None:
+        take_side(qemu, new, orders.handover)
+    else:
         rescue(qemu, orders.switch, orders.forgetful)
+    return True
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def restored() -> set[type[Step]]:
 
 
 STARTED: set[type[Step]] = {Define, StartQemu, RecordStarted, LetRun}
-"""What a start is made of (`operations._start`)."""
+"""What a start is made of (`lifecycle._start`)."""
 
 
 def test_every_kind_of_step_has_an_effect() -> None:

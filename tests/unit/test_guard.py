@@ -47,12 +47,17 @@ class Qemu:
         self.status = status
         self.late_stops = late_stops
         self.refused = refused
-        self.greeting = GREETING
+        self.greeting: dict[str, Any] | None = GREETING
         self.jobs: list[str] = []
         """The status of the only job, look by look; then it is gone."""
         self.asked: list[str] = []
         self.statuses: list[str] = []
         self.dies_at = ""
+        self.lost: list[str] = []
+        """Commands whose next answer never comes: the owner has read it."""
+        self.noise = b""
+        """What the owner has left on the wire, half-read."""
+        self.said_forget = False
         self.last_words = b""
         self._serving = threading.Thread(target=self._serve, daemon=True)
 
@@ -66,15 +71,26 @@ class Qemu:
 
     def _serve(self) -> None:
         with self.ours, suppress(OSError):
-            self._say(self.greeting)
+            if self.greeting is not None:
+                self._say(self.greeting)
+            self.ours.sendall(self.noise)
             for line in self.ours.makefile("rb"):
-                command = json.loads(line)["execute"]
+                if line == guard.FORGET:
+                    self.said_forget = True
+                    self._say({"error": {"class": "GenericError", "desc": "JSON parse error"}})
+                    continue
+                asked = json.loads(line)
+                command = asked["execute"]
                 self.asked.append(command)
                 if command == self.dies_at:
                     self.ours.sendall(self.last_words)
                     return
                 self._say(EVENT)
-                self._say(self._answer(command))
+                if self.lost and self.lost[0] == command:
+                    del self.lost[0]
+                    self._answer(command)
+                    continue
+                self._say({**self._answer(command), "id": asked["id"]})
 
     def _say(self, message: Any) -> None:
         self.ours.sendall(json.dumps(message).encode() + b"\r\n")
@@ -108,14 +124,14 @@ class New(Qemu):
 class Owner:
     """The one who takes the snapshot, and the guard that it has posted."""
 
-    def __init__(self, qemu: Qemu, new: "New | None" = None) -> None:
+    def __init__(self, qemu: Qemu, *how: str, new: "New | None" = None) -> None:
         self.line, theirs = socket.socketpair()
         self.line.settimeout(PATIENCE_S)
         descriptors = [qemu.theirs.fileno(), theirs.fileno()]
         if new is not None:
             descriptors += [new.theirs.fileno(), os.pidfd_open(new.pid)]
         self.guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, *map(str, descriptors)],
+            [sys.executable, "-I", "-S", guard.__file__, *map(str, descriptors), *how],
             pass_fds=descriptors,
             stderr=subprocess.PIPE,
         )
@@ -137,7 +153,7 @@ class Owner:
             "seconds": limit_s, "switch": switch, "handover": handover, "forgetful": forgetful,
         }  # fmt: skip
         self.line.sendall(guard.ARM + json.dumps(orders).encode() + b"\n")
-        assert self.line.recv(64) == ARMED
+        assert self.line.recv(len(ARMED)) == ARMED
 
     def hang_up(self) -> None:
         self.line.close()
@@ -151,8 +167,8 @@ def posted() -> Iterator[Posted]:
     """Post a guard before a QEMU; both are ended in the end."""
     owners = []
 
-    def post(qemu: Qemu, new: New | None = None) -> Owner:
-        owner = Owner(qemu, new)
+    def post(qemu: Qemu, *how: str, new: New | None = None) -> Owner:
+        owner = Owner(qemu, *how, new=new)
         owners.append(owner)
         qemu.start()
         if new is not None:
@@ -410,7 +426,7 @@ def test_a_handover_that_is_not_recorded_is_handed_back(
     posted: Posted, new: New, tmp_path: Path
 ) -> None:
     qemu = Qemu()
-    owner = posted(qemu, new)
+    owner = posted(qemu, new=new)
     owner.arm(handover=handover(tmp_path, "top"))
     owner.hang_up()
     assert_quiet_end(owner, qemu)
@@ -429,7 +445,7 @@ def test_a_handover_that_is_recorded_is_the_new_ones_to_run(
     posted: Posted, new: New, tmp_path: Path, let_run: bool
 ) -> None:
     qemu = Qemu()
-    owner = posted(qemu, new)
+    owner = posted(qemu, new=new)
     owner.arm(handover=handover(tmp_path, "base") | {"let_run": let_run})
     owner.hang_up()
     assert_quiet_end(owner, qemu)
@@ -564,7 +580,7 @@ class Freezer:
         self.line.settimeout(PATIENCE_S)
         descriptors = (self.connection.fileno(), theirs.fileno())
         self.guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, "--thaw", *map(str, descriptors)],
+            [sys.executable, "-I", "-S", guard.__file__, *map(str, descriptors), guard.THAW],
             pass_fds=descriptors,
             stderr=subprocess.PIPE,
         )
@@ -671,3 +687,89 @@ def test_a_qemu_that_dies_with_file_systems_frozen_is_the_end(freezer: Freezer) 
     freezer.agent.end()
     freezer.line.close()
     freezer.assert_quiet_end()
+
+
+# --- one connection for both ---------------------------------------------------------------------
+
+
+def left_by_owner(**settings: Any) -> Qemu:
+    """A monitor that has greeted the owner, and holds words for it: one half-read, one whole."""
+    qemu = Qemu(**settings)
+    qemu.greeting = None
+    qemu.noise = (
+        b'us": "running", "running": true}, "id": "window-6"}\r\n{"return": {}, "id": "1"}\r\n'
+    )
+    return qemu
+
+
+def heard(owner: Owner) -> bytes:
+    """All that the guard says until it ends."""
+    words = b""
+    with suppress(ConnectionError):
+        while piece := owner.line.recv(64):
+            words += piece
+    return words
+
+
+def test_a_shared_connection_is_left_alone_until_it_is_needed(posted: Posted) -> None:
+    qemu = left_by_owner()
+    owner = posted(qemu, guard.SHARED)
+    owner.arm()
+    owner.line.sendall(STAND_DOWN)
+    assert heard(owner) == guard.STOOD_DOWN
+    assert_quiet_end(owner, qemu)
+    assert qemu.asked == []
+    assert not qemu.said_forget
+
+
+def test_who_is_told_to_stand_down_has_let_go_of_qemu_when_it_says_so(posted: Posted) -> None:
+    qemu = left_by_owner()
+    owner = posted(qemu, guard.SHARED)
+    owner.arm()
+    owner.line.sendall(STAND_DOWN)
+    assert owner.line.recv(64) == guard.STOOD_DOWN
+    qemu.end()
+
+
+def test_a_shared_connection_is_taken_over_whatever_the_owner_left_on_it(posted: Posted) -> None:
+    qemu = left_by_owner()
+    owner = posted(qemu, guard.SHARED)
+    owner.arm()
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    assert qemu.said_forget
+    assert qemu.asked[0] == "migrate_cancel"
+    assert qemu.statuses == ["paused", *["running"] * STEADY]
+
+
+def test_an_owner_hears_that_the_guard_acts_before_it_does(posted: Posted) -> None:
+    qemu = left_by_owner()
+    owner = posted(qemu, guard.SHARED)
+    owner.arm(0.05)
+    assert owner.line.recv(64) == guard.ACTING
+    assert heard(owner) == b""
+    assert_quiet_end(owner, qemu)
+    assert qemu.status == "running"
+
+
+@pytest.mark.parametrize("lost", ["migrate_cancel", "query-status", "cont"])
+def test_an_answer_that_the_owner_has_read_is_asked_for_again(posted: Posted, lost: str) -> None:
+    qemu = left_by_owner()
+    qemu.lost = [lost]
+    owner = posted(qemu, guard.SHARED)
+    owner.arm(0.05)
+    assert_quiet_end(owner, qemu)
+    assert qemu.statuses[-STEADY:] == ["running"] * STEADY
+
+
+def test_a_switch_whose_state_is_not_known_is_asked_for_again(
+    posted: Posted, tmp_path: Path
+) -> None:
+    qemu = left_by_owner()
+    qemu.jobs, qemu.lost = ["waiting", "waiting", "concluded"], ["query-jobs"]
+    owner = posted(qemu, guard.SHARED)
+    owner.arm(switch=record(tmp_path, "base"))
+    owner.hang_up()
+    assert_quiet_end(owner, qemu)
+    assert qemu.asked.count("query-jobs") == 3
+    assert qemu.status == "running"

@@ -36,24 +36,24 @@ def command(settings: Settings, name: str) -> None:
     """
     from calotype.engine import launch  # noqa: PLC0415
     from calotype.errors import ConflictError  # noqa: PLC0415
-    from calotype.formats.argv import CommandLine, has_console  # noqa: PLC0415
     from calotype.qemu.monitor import open_socket  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
     store = Store(settings.store_path, make=False)
     record = store.find(name)
-    if launch.is_running(store, record) is None:
+    qemu = launch.is_running(store, record)
+    if qemu is None:
         raise ConflictError(
             f"the VM {name!r} does not run", f"`calotype start {shlex.quote(name)}`"
         )
-    if not has_console(CommandLine.parse(record.argv)):
+    socket_path = launch.console_socket(store, record, qemu)
+    if socket_path is None:
         raise ConflictError(
             f"{name!r} has no console of ours",
             "its command line sends the serial port elsewhere, or has none",
         )
-    folder = store.folder(record.id)
-    alone = _alone(folder / "console.lock", name)
-    with alone, open_socket(folder / launch.CONSOLE) as guest, _raw_terminal():
+    alone = _alone(store.folder(record.id) / "console.lock", name, socket_path)
+    with alone, open_socket(socket_path) as guest, _raw_terminal():
         if settings.as_json:
             said: list[bytes] = []
             _talk(guest, sys.stdin.fileno(), said.append)
@@ -64,8 +64,9 @@ def command(settings: Settings, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path, name: str) -> Iterator[None]:
+def _alone(path: Path, name: str, console: Path) -> Iterator[None]:
     from calotype.errors import ConflictError  # noqa: PLC0415
+    from calotype.qemu.peers import clients  # noqa: PLC0415
 
     with path.open("a") as lock:
         try:
@@ -75,6 +76,10 @@ def _alone(path: Path, name: str) -> Iterator[None]:
                 f"the console of {name!r} is in use",
                 f"`calotype logs -f {shlex.quote(name)}` may be enough",
             ) from error
+        if others := clients(console):
+            raise ConflictError(
+                f"the console of {name!r} is in use by process {others[0]}", "end that one first"
+            )
         yield
 
 

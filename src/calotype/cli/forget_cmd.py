@@ -11,13 +11,15 @@ from calotype.cli.output import Settings, common, run_async, say
 def command(settings: Settings, name: str) -> None:
     """Forget the VM NAME, which must not run; nothing of it is deleted.
 
+    One that was adopted may run, and runs on.
+
     What is kept is listed: the image with the newest content of each disk, and the snapshots.
     """
-    from calotype.engine import operations  # noqa: PLC0415
+    from calotype.engine import lifecycle  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
     record, folder, manifests = run_async(
-        operations.forget(Store(settings.store_path, make=False), name)
+        lifecycle.forget(Store(settings.store_path, make=False), name)
     )
     disks = {disk.name: disk.active.path for disk in record.disks}
     told = {

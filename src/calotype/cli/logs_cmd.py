@@ -28,6 +28,12 @@ def command(settings: Settings, name: str, qemu: bool, follow: bool) -> None:
     store = Store(settings.store_path, make=False)
     record = store.find(name)
     path = store.folder(record.id) / (launch.QEMU_LOG if qemu else launch.CONSOLE_LOG)
+    running = launch.is_running(store, record)
+    if running is not None and running.monitor and not (path.exists() and path.stat().st_size):
+        raise NotFoundError(
+            f"there are no logs of {name!r}, which was adopted",
+            "what it says goes where its own command line sends it",
+        )
     if not path.exists():
         raise NotFoundError(
             f"{name!r} has said nothing yet", f"`calotype start {shlex.quote(name)}`"

@@ -18,7 +18,7 @@ from calotype.cli.output import STOPPED, report_error
 from calotype.errors import CalotypeError, InterruptError, RequestError
 
 COMMANDS = (
-    "run", "ps", "start", "stop", "forget", "console", "logs",
+    "run", "adopt", "ps", "start", "stop", "forget", "console", "logs",
     "take", "list", "show", "extract", "restore",
     "delete", "du", "tag", "describe", "protect", "unprotect", "history", "recover", "doctor",
 )  # fmt: skip

@@ -18,7 +18,7 @@ def command(settings: Settings, name: str, qemu_argv: tuple[str, ...]) -> None:
     `calotype logs`. A VM of that name that does not run is defined anew, on the newest content of
     its disks.
     """
-    from calotype.engine import operations  # noqa: PLC0415
+    from calotype.engine import lifecycle  # noqa: PLC0415
     from calotype.errors import RequestError  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
@@ -30,7 +30,7 @@ def command(settings: Settings, name: str, qemu_argv: tuple[str, ...]) -> None:
     cwd = str(working_directory())
     for word in (cwd, *qemu_argv):
         _require_text(word)
-    record = run_async(operations.run(store, name, qemu_argv, cwd), UNDONE)
+    record = run_async(lifecycle.run(store, name, qemu_argv, cwd), UNDONE)
     told: dict[str, Any] = {
         "vm": record.name,
         "vm_id": record.id,

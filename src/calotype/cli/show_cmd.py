@@ -48,12 +48,17 @@ def command(
 def _say_vm(settings: Settings, store: "Store", record: "VmRecord") -> None:
     import msgspec  # noqa: PLC0415
 
+    from calotype.engine import launch  # noqa: PLC0415
     from calotype.formats.secrets import redacted  # noqa: PLC0415
 
     record = msgspec.structs.replace(record, argv=redacted(record.argv))
     frozen = [disk.origin.path for disk in record.disks if disk.active != disk.origin]
-    told = {"vm": msgspec.to_builtins(record), "protection": _protection(frozen)}
-    say(settings, told, list(_vm_lines(store, record)))
+    told = {
+        "vm": msgspec.to_builtins(record),
+        "protection": _protection(frozen),
+        "limits": msgspec.to_builtins(launch.limits(store, record)),
+    }
+    say(settings, told, [*_vm_lines(store, record), *_adopted_lines(store, record)])
 
 
 def _say_snapshot(settings: Settings, store: "Store", record: "VmRecord", snapshot: str) -> None:
@@ -111,8 +116,23 @@ def _vm_lines(store: "Store", record: "VmRecord") -> Iterator[str]:
         if disk.active != disk.origin:
             yield f"  the command line names {disk.origin.path}, which is frozen"
             yield f"    {_protection_words(disk.origin.path)}"
-    yield f"started in {record.cwd} with:"
+    yield f"{'starts' if record.adopted else 'started'} in {record.cwd} with:"
     yield f"  {shlex.join(record.argv)}"
+
+
+def _adopted_lines(store: "Store", record: "VmRecord") -> Iterator[str]:
+    """Where a VM that was adopted is reached, and what does not work with it."""
+    from calotype.cli.adopt_cmd import limit_lines  # noqa: PLC0415
+    from calotype.engine import launch  # noqa: PLC0415
+
+    if record.adopted is None:
+        return
+    qemu = launch.is_running(store, record)
+    own = "its own user" if qemu is None or qemu.monitor else "Calotype, since"
+    yield f"adopted at {record.adopted.qmp}; started last by {own}"
+    for dropped in record.adopted.dropped:
+        yield f"  was started with {dropped.words}: {dropped.reason}"
+    yield from limit_lines(launch.limits(store, record))
 
 
 def _snapshot_lines(manifest: "Manifest") -> Iterator[str]:

@@ -10,8 +10,8 @@ from calotype.cli.output import UNDONE, Settings, common, run_async, say
 @common
 def command(settings: Settings, name: str) -> None:
     """Start the VM NAME from the newest content of its disks."""
-    from calotype.engine import operations  # noqa: PLC0415
+    from calotype.engine import lifecycle  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    record = run_async(operations.start(Store(settings.store_path, make=False), name), UNDONE)
+    record = run_async(lifecycle.start(Store(settings.store_path, make=False), name), UNDONE)
     say(settings, {"vm": record.name, "vm_id": record.id}, [f"{record.name} runs"])

@@ -21,10 +21,10 @@ from calotype.cli.output import STOPPED, Finite, Settings, Stopped, common, run_
 @common
 def command(settings: Settings, name: str, now: bool, timeout: float) -> None:
     """Press the power button of the VM NAME, and wait until it is off."""
-    from calotype.engine import operations  # noqa: PLC0415
+    from calotype.engine import lifecycle  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    work = operations.stop(Store(settings.store_path, make=False), name, now=now, timeout_s=timeout)
+    work = lifecycle.stop(Store(settings.store_path, make=False), name, now=now, timeout_s=timeout)
     run_async(work, STOPPED if now else _not_awaited(name))
     say(settings, {"vm": name}, [f"{name} is off"])
 

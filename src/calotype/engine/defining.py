@@ -7,7 +7,7 @@ another VM, or a snapshot of any.
 """
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -52,7 +52,7 @@ def define_new(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> bool
             name=name,
             argv=argv,
             cwd=cwd,
-            disks=tuple(_disks(_in_use(store, ""), {}, command, cwd)),
+            disks=tuple(_disks(in_use(store, ""), {}, command, cwd)),
             created=datetime.now(UTC).isoformat(),
         )
         store.make_vm_folder(record.id)
@@ -71,14 +71,30 @@ def define_again(store: Store, record: VmRecord, argv: tuple[str, ...], cwd: str
     command = CommandLine.parse(argv)
     known = {disk.origin.path: disk for disk in record.disks + record.set_aside}
     with store.naming():
-        disks = tuple(_disks(_in_use(store, record.id), known, command, cwd))
+        disks = tuple(_disks(in_use(store, record.id), known, command, cwd))
     named = {disk.origin.path for disk in disks}
     set_aside = tuple(disk for path, disk in known.items() if path not in named)
-    return replace(record, argv=argv, cwd=cwd, disks=disks, topology=None, set_aside=set_aside)
+    again = replace(record, argv=argv, cwd=cwd, disks=disks, topology=None, set_aside=set_aside)
+    return replace(again, adopted=None)
+
+
+def refuse_in_use(path: str, taken: Mapping[str, Claim]) -> None:
+    """Refuse an image that something else stands on.
+
+    Raises:
+        ConflictError: It is among those *taken*, as `in_use` tells them.
+    """
+    if path in taken:
+        raise ConflictError(
+            f"{path} cannot be written to: {taken[path].words}", taken[path].remedy, path=path
+        )
 
 
 def _disks(
-    in_use: dict[str, Claim], known: dict[str, DiskRecord], command: CommandLine, cwd: str
+    taken: Mapping[str, Claim],
+    known: dict[str, DiskRecord],
+    command: CommandLine,
+    cwd: str,
 ) -> Iterator[DiskRecord]:
     """The writable disks of a command line, on the images with their newest content."""
     for disk in command_line.disks(command, cwd):
@@ -86,12 +102,8 @@ def _disks(
             continue
         path = str(Path(disk.path).resolve())
         images.require_disk(Path(path))
-        if path in in_use and path not in known:
-            raise ConflictError(
-                f"{path} cannot be written to: {in_use[path].words}",
-                in_use[path].remedy,
-                path=path,
-            )
+        if path not in known:
+            refuse_in_use(path, taken)
         origin = Image(path, _format(disk, path, known))
         active = known[path].active if path in known else origin
         yield DiskRecord(disk.index, disk.name, origin, active)
@@ -104,7 +116,7 @@ def _format(disk: DiskArgument, path: str, known: dict[str, DiskRecord]) -> Form
     return known[path].origin.format if path in known else images.probe_format(Path(path))
 
 
-def _in_use(store: Store, own_id: str) -> dict[str, Claim]:
+def in_use(store: Store, own_id: str) -> dict[str, Claim]:
     """Each image that a VM would damage by writing to it, and what stands on it.
 
     The newest image of a forgotten VM is free to take: nothing stands on it any more.

@@ -67,6 +67,7 @@ async def delete(
         HostError: As QemuError, of qemu-img and the files.
     """
     async with changing(store, name, "delete", progress=progress) as record:
+        launch.refuse_limited(store, record, "delete")
         plan = plan_delete(await look_around(store, record, is_holder=True), request)
         if error := as_error(record.name, plan):
             raise error

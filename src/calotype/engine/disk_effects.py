@@ -1,6 +1,7 @@
 """What the steps do that make, freeze and remove files, and what undoes them."""
 
 import asyncio
+import os
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -40,7 +41,7 @@ async def _remove_overlay(world: World, step: CreateOverlay) -> None:
     """
     record = world.store.record(world.record.id)
     is_recorded = step.overlay in {disk.active.path for disk in record.disks}
-    is_in_use = step.overlay in await paths_in_use(world)
+    is_in_use = os.path.realpath(step.overlay) in await paths_in_use(world)
     if is_in_use:
         await asyncio.to_thread(images.freeze, Path(step.backing.path))
     if is_in_use or is_recorded:
@@ -51,7 +52,7 @@ async def _remove_overlay(world: World, step: CreateOverlay) -> None:
 
 
 async def paths_in_use(world: World) -> set[str]:
-    """The image files that the guest's devices are on; empty where no QEMU runs."""
+    """The image files that the guest's devices are on, their links followed; none without QEMU."""
     if world.qemu is None:
         return set()
     async with world.controlling() as monitor:
@@ -80,7 +81,8 @@ async def _record_before_switch(world: World, step: RecordAhead) -> None:
     active = {
         index: overlay if overlay in newest and is_needed else step.active_before[index]
         for index, overlay in step.active.items()
-        for is_needed in (overlay.path in in_use or _holds_data(world, overlay),)
+        for is_used in (os.path.realpath(overlay.path) in in_use,)
+        for is_needed in (is_used or _holds_data(world, overlay),)
     }
     record_disks(world, active, step.parent_before)
 

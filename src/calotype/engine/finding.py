@@ -77,6 +77,7 @@ async def find_running(store: Store, record: VmRecord, monitor: Monitor) -> Runn
     forth, back = command_line.acts((*ours, *shared.endpoints))
     commands = {each["name"] for each in await monitor.execute("query-commands")}
     jobs = await monitor.execute("query-block-jobs")
+    qemu = launch.is_running(store, record)
     return Running(
         was_running=(await monitor.execute("query-status"))["running"],
         endpoints=tuple((each.what, each.how) for each in shared.endpoints),
@@ -86,6 +87,7 @@ async def find_running(store: Store, record: VmRecord, monitor: Monitor) -> Runn
         jobs=tuple(job["device"] for job in jobs),
         can_let_go="blockdev-set-active" in commands,
         migration=await observe.observe_migration(monitor),
+        adopted_at=qemu.monitor if qemu is not None else "",
     )
 
 

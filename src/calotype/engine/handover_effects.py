@@ -24,10 +24,10 @@ from calotype.engine.execute import seen_through
 from calotype.engine.world import Effect, Effects, World
 from calotype.errors import HostError, QemuError
 from calotype.model import names
-from calotype.model.acts import NEXT, PREVIOUS, Act, Drop, Keep, Move, Side, Tell, WritePid
+from calotype.model.acts import PREVIOUS, Act, Drop, Keep, Move, Side, Tell, WritePid
 from calotype.model.vm import Process
 from calotype.plan.steps import EndOld, HandOver, SaveLeftBehind
-from calotype.qemu import guarding, migration, monitor, process
+from calotype.qemu import migration, monitor, process
 from calotype.qemu.guarding import Handover
 from calotype.qemu.monitor import LAST_WORDS, Monitor
 from calotype.store import files, images
@@ -52,13 +52,11 @@ async def _hand_over(world: World, step: HandOver) -> None:
     if old is None or new is None:
         raise QemuError("the QEMU that was prepared is gone", LAST_WORDS)
     pids: dict[Side, int] = {"old": old.pid, "new": new.pid}
-    folder = world.store.folder(world.record.id)
     async with _both(world) as monitors:
         if not step.was_running:
             await seen_through(_go_over(world, step, monitors, pids, new))
             return
-        guard_paths = (folder / launch.GUARD, folder / f"{launch.GUARD}{NEXT}")
-        async with guarding.posted(*guard_paths, new.pid) as guard:
+        async with launch.guarded(world.store, world.record, monitors["old"], new=new) as guard:
             await guard.arm(LIMIT_S, _orders(world, step, pids))
             await seen_through(_go_over(world, step, monitors, pids, new))
             await guard.stand_down()

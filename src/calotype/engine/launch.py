@@ -7,17 +7,20 @@ may be of any length, and QEMU needs no right to the folder they are in.
 import asyncio
 import contextlib
 import os
+import shlex
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
-from calotype.errors import QemuError
+from calotype.errors import BlockedError, ConflictError, QemuError
 from calotype.formats import argv as command_line
 from calotype.formats.argv import Argument, CommandLine, Endpoints
 from calotype.formats.secrets import redacted_log
 from calotype.model.acts import NEXT
-from calotype.model.vm import Image, Process, VmRecord
+from calotype.model.vm import Image, Limit, Process, VmRecord
+from calotype.plan.adopt import STARTING
+from calotype.qemu import guarding, process, strangers
 from calotype.qemu import monitor as qmp
-from calotype.qemu import process
+from calotype.qemu.guarding import Post, Successor
 from calotype.qemu.monitor import Monitor
 from calotype.store.store import Store
 
@@ -176,18 +179,129 @@ def successor(record: VmRecord, old: Process | None) -> Process | None:
     return found[0] if found else None
 
 
+def limits(store: Store, record: VmRecord) -> tuple[Limit, ...]:
+    """The commands that do not work with a VM that was adopted, as things are now."""
+    if record.adopted is None:
+        return ()
+    qemu = is_running(store, record)
+    if qemu is None:
+        return tuple(limit for limit in record.adopted.limits if limit.command in STARTING)
+    if not qemu.monitor:
+        return ()
+    console = () if console_socket(store, record, qemu) else ("console",)
+    own = "what it says goes where its own command line sends it"
+    remedy = "Calotype keeps it once it starts the VM itself"
+    return (*(Limit(each, own, remedy) for each in (*console, "logs")), *record.adopted.limits)
+
+
+def console_socket(store: Store, record: VmRecord, qemu: Process) -> Path | None:
+    """Where the console of a running VM is; of one that was adopted, its own serial port's socket.
+
+    None where that is no socket that one can connect to.
+    """
+    if qemu.monitor and record.adopted is not None:
+        ran = CommandLine.parse(record.adopted.argv)
+        return Path(path) if (path := command_line.console_path(ran, record.cwd)) else None
+    has_console = command_line.has_console(CommandLine.parse(record.argv))
+    return store.folder(record.id) / CONSOLE if has_console else None
+
+
+def require_startable(store: Store, record: VmRecord) -> None:
+    """Refuse to start a VM, now or once it has ended, where that cannot succeed.
+
+    Raises:
+        BlockedError: The VM was adopted, and its command line cannot be started by us.
+        ConflictError: It does not run, and its user has started it meanwhile.
+    """
+    if is_running(store, record) is None:
+        refuse_restarted(record)
+    refuse_limited(store, record, *STARTING)
+
+
+def refuse_limited(store: Store, record: VmRecord, *commands: str) -> None:
+    """Refuse one of *commands* where it does not work with this VM.
+
+    Raises:
+        BlockedError: It was adopted, and that is not possible with it.
+    """
+    found = [limit for limit in limits(store, record) if limit.command in commands]
+    if found:
+        raise BlockedError(
+            f"the VM {record.name!r} was adopted, and {found[0].command} does not work with it:"
+            f" {found[0].problem}",
+            found[0].remedy,
+            blockers=list(dict.fromkeys((limit.problem, limit.remedy) for limit in found)),
+        )
+
+
+def refuse_restarted(record: VmRecord) -> None:
+    """Refuse to go on with an adopted VM, whose process has ended, if its user has started another.
+
+    Raises:
+        ConflictError: Somebody answers at its monitor.
+    """
+    if record.adopted is None:
+        return
+    pid = strangers.listener(Path(record.adopted.qmp))
+    if pid is not None:
+        words = ("calotype", "adopt", record.name, "--qmp", record.adopted.qmp)
+        raise ConflictError(
+            f"the VM {record.name!r} was started by somebody else: process {pid} answers at its"
+            " monitor",
+            f"`{shlex.join(words)}` binds it to that process",
+            pid=pid,
+        )
+
+
 @contextlib.asynccontextmanager
 async def controlling(
     store: Store, record: VmRecord, *, beside: bool = False
 ) -> AsyncIterator[Monitor]:
     """The monitor for the one who holds the VM's lock; *beside*: of the QEMU beside."""
-    name = f"{CONTROL}{NEXT}" if beside else CONTROL
-    async with qmp.connect(store.folder(record.id) / name) as monitor:
+    if beside:  # that one is ours, whoever started the other
+        path = store.folder(record.id) / f"{CONTROL}{NEXT}"
+        connected = qmp.connect(path, cwd=record.cwd)
+    else:
+        connected = _connected(store, record, CONTROL, qmp.GREETING_TIMEOUT_S)
+    async with connected as monitor:
         yield monitor
 
 
 @contextlib.asynccontextmanager
 async def looking(store: Store, record: VmRecord, timeout_s: float = 5.0) -> AsyncIterator[Monitor]:
-    """The monitor for those who only look."""
-    async with qmp.connect(store.folder(record.id) / QUERY, timeout_s=timeout_s) as monitor:
+    """The monitor for those who only look; of an adopted VM it may be in use by who acts."""
+    async with _connected(store, record, QUERY, timeout_s) as monitor:
+        yield monitor
+
+
+@contextlib.asynccontextmanager
+async def guarded(
+    store: Store, record: VmRecord, monitor: Monitor, *, new: Process | None = None
+) -> AsyncIterator[Post]:
+    """A guard that stands by, on a monitor of its own where the VM has one; see `guarding.posted`.
+
+    Args:
+        store: Where the VM is kept.
+        record: The VM.
+        monitor: The owner's connection.
+        new: In a handover, the QEMU beside, which is to take the place of the one that runs.
+    """
+    folder, qemu = store.folder(record.id), store.process(record.id)
+    shared = monitor if qemu is not None and qemu.monitor else None
+    successor = None if new is None else Successor(folder / f"{GUARD}{NEXT}", new.pid)
+    async with guarding.posted(folder / GUARD, shared=shared, successor=successor) as guard:
+        yield guard
+
+
+@contextlib.asynccontextmanager
+async def _connected(
+    store: Store, record: VmRecord, name: str, timeout_s: float
+) -> AsyncIterator[Monitor]:
+    """Our own socket *name*; of a QEMU that was adopted, the one that its user gave."""
+    qemu = store.process(record.id)
+    if qemu is not None and qemu.monitor:
+        path, pid = Path(qemu.monitor), qemu.pid
+    else:
+        path, pid = store.folder(record.id) / name, 0
+    async with qmp.connect(path, timeout_s, cwd=record.cwd, pid=pid) as monitor:
         yield monitor

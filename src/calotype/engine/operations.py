@@ -14,27 +14,23 @@ import contextlib
 import secrets
 import shlex
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from calotype.engine import agents, defining, finding, launch
+from calotype.engine import agents, finding, launch
 from calotype.engine.changing import carry_out, changing
 from calotype.engine.execute import seen_through, shielded
+from calotype.engine.lifecycle import end, must_run
 from calotype.engine.progress import Progress, silent
 from calotype.engine.recover import Recovered
 from calotype.engine.recover import recover as recover_vm
 from calotype.engine.restore_effects import Restoring
 from calotype.engine.take_effects import Taking
-from calotype.engine.world import World
 from calotype.errors import (
     BlockedError,
     CalotypeError,
-    ConflictError,
-    HostError,
     MismatchError,
-    QemuError,
 )
 from calotype.formats import argv as command_line
 from calotype.formats.argv import CommandLine
@@ -43,10 +39,9 @@ from calotype.model.snapshot import Manifest
 from calotype.model.vm import Facts, Process, VmRecord
 from calotype.plan.restore import plan_restore
 from calotype.plan.restore_plan import Definition, RestorePlan, RestoreRequest
-from calotype.plan.steps import Define, LetRun, RecordStarted, StartQemu, Step
 from calotype.plan.take import plan_take
 from calotype.plan.take_plan import TakePlan, TakeRequest, as_error
-from calotype.qemu import observe, process
+from calotype.qemu import observe
 from calotype.qemu.monitor import Monitor
 from calotype.store.store import Store
 
@@ -58,7 +53,8 @@ async def plan_only(
 ) -> TakePlan:
     """Say what `take` would do; nothing is changed, and its monitor not waited for any longer."""
     record = store.find(name)
-    qemu = _must_run(store, record)
+    qemu = must_run(store, record)
+    launch.refuse_limited(store, record, "take")
     async with launch.looking(store, record, patience_s) as monitor:
         _, plan = await _observe_and_plan(store, record, qemu, monitor, request)
     return plan
@@ -95,7 +91,8 @@ async def take(
         HostError: A file could not be made or read; all was undone.
     """
     async with changing(store, name, "take", progress=progress) as record:
-        qemu = _must_run(store, record)
+        qemu = must_run(store, record)
+        launch.refuse_limited(store, record, "take")
         async with launch.controlling(store, record) as monitor:
             facts, plan = await _observe_and_plan(store, record, qemu, monitor, request)
             if plan.blockers:
@@ -116,15 +113,6 @@ async def _observe_and_plan(
     if request.quiesce and facts.run_state == "running":
         facts = replace(facts, agent=await agents.look(record))
     return facts, plan_take(facts, record, request, secrets.token_hex(names.ID_LENGTH // 2))
-
-
-def _must_run(store: Store, record: VmRecord) -> Process:
-    qemu = launch.is_running(store, record)
-    if qemu is None:
-        raise ConflictError(
-            f"the VM {record.name!r} does not run", f"`calotype start {shlex.quote(record.name)}`"
-        )
-    return qemu
 
 
 # --- restore -------------------------------------------------------------------------------------
@@ -235,6 +223,7 @@ async def _plan_restore(
     snapshot: str,
     request: RestoreRequest,
 ) -> RestorePlan:
+    launch.require_startable(store, record)
     manifest = store.manifest(record.id, snapshot)
     found = finding.find(store, record, manifest, _definition(record))
     running = None if monitor is None else await finding.find_running(store, record, monitor)
@@ -271,22 +260,12 @@ async def restore_stopping_first(
         CalotypeError: As `take` and `restore`; the VM is what it was, or its way back is named.
     """
     async with changing(store, name, "restore", progress=progress) as record:
-        qemu = _must_run(store, record)
+        qemu = must_run(store, record)
+        launch.refuse_limited(store, record, "take")
         plan = await _plan_restore(store, record, None, snapshot, request)
         if plan.mismatches:
             raise _mismatched(store.manifest(record.id, snapshot), plan)
-        async with launch.controlling(store, record) as monitor:
-            was_running = (await monitor.execute("query-status"))["running"]
-            await monitor.execute("stop")
-            try:
-                way_back = await _take_way_back(
-                    store, record, qemu, monitor, was_running, snapshot, progress
-                )
-            except BaseException:
-                if was_running:
-                    await shielded(monitor.execute("cont"))
-                raise
-        await _end(store, record, qemu)
+        way_back, was_running = await _save_and_end(store, record, qemu, snapshot, progress)
         ended = store.record(record.id)
         discarding = replace(request, discard_current=True)  # nothing was written since
         try:
@@ -302,6 +281,25 @@ async def restore_stopping_first(
                 error.add_note(f"`{again}` tries it again")
             raise
     return done, way_back.id
+
+
+async def _save_and_end(
+    store: Store, record: VmRecord, qemu: Process, snapshot: str, progress: Progress
+) -> tuple[Manifest, bool]:
+    """Save a VM that runs as the way back, and end it; also say whether its guest ran."""
+    async with launch.controlling(store, record) as monitor:
+        was_running = (await monitor.execute("query-status"))["running"]
+        await monitor.execute("stop")
+        try:
+            way_back = await _take_way_back(
+                store, record, qemu, monitor, was_running, snapshot, progress
+            )
+        except BaseException:
+            if was_running:
+                await shielded(monitor.execute("cont"))
+            raise
+    await end(store, record, qemu)
+    return way_back, was_running
 
 
 _NO_LIMIT_MS = 1e9
@@ -345,135 +343,6 @@ def _mismatched(manifest: Manifest, plan: RestorePlan) -> MismatchError:
             for mismatch in plan.mismatches
         ],
     )
-
-
-def _must_not_run(store: Store, record: VmRecord) -> None:
-    if launch.is_running(store, record):
-        raise ConflictError(
-            f"the VM {record.name!r} runs", f"`calotype stop {shlex.quote(record.name)}` first"
-        )
-
-
-# --- run, start, stop, forget --------------------------------------------------------------------
-
-
-async def run(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> VmRecord:
-    """Define a VM by QEMU's command line, and start it.
-
-    A VM of that name that does not run is defined anew; a disk that it has, or once had, keeps its
-    newest content, whatever image the command line names for it.
-
-    Raises:
-        CommandLineError: The command line holds something that cannot be stood for.
-        ConflictError: A VM of that name runs, or an image belongs to another VM.
-        HostError: An image is missing.
-        QemuError: QEMU did not start.
-    """
-    is_new = defining.define_new(store, name, argv, cwd)
-    try:
-        async with changing(store, name, "run", whole=False) as record:
-            _must_not_run(store, record)
-            again = defining.define_again(store, record, argv, cwd)
-            await _start(store, again, Define(again, record))
-    except BaseException:
-        if is_new and launch.is_running(store, store.find(name)) is None:  # or another started it
-            store.drop(store.find(name))
-        raise
-    return store.find(name)
-
-
-async def start(store: Store, name: str) -> VmRecord:
-    """Start a VM from the images with its newest content; or let one run that is paused.
-
-    Raises:
-        ConflictError: It runs already.
-        QemuError: QEMU did not start.
-    """
-    async with changing(store, name, "start", whole=False) as record:
-        if launch.is_running(store, record) is None:
-            await _start(store, record)
-        else:
-            await _let_run(store, record)
-    return store.record(record.id)
-
-
-async def _start(store: Store, record: VmRecord, *first: Step) -> None:
-    """Start QEMU, look at what it built, and let the guest run unless its user wants it stopped."""
-    active = {disk.index: disk.active for disk in record.disks}
-    for image in active.values():
-        if not Path(image.path).exists():
-            raise HostError(f"{image.path} is missing", "put the image back", path=image.path)
-    steps: list[Step] = [
-        *first,
-        StartQemu(active, incoming=False, machine=""),
-        RecordStarted(record.disks, record.topology),
-    ]
-    if not CommandLine.parse(record.argv).has("S"):
-        steps.append(LetRun())
-    operation_id = secrets.token_hex(names.ID_LENGTH // 2)
-    await carry_out(World(store, record), "start", operation_id, "", steps)
-
-
-async def _let_run(store: Store, record: VmRecord) -> None:
-    """Let a guest run that stands still."""
-    async with launch.controlling(store, record) as monitor:
-        status = await monitor.execute("query-status")
-        if status["running"]:
-            raise ConflictError(f"the VM {record.name!r} runs already", "nothing is to be done")
-        await monitor.execute("cont")
-
-
-async def stop(store: Store, name: str, *, now: bool = False, timeout_s: float = 60.0) -> None:
-    """Stop a VM: press its power button and wait, or end it at once.
-
-    Args:
-        store: Where it is kept.
-        name: The VM.
-        now: Do not ask the guest; QEMU flushes its images and ends.
-        timeout_s: How long the guest may take.
-
-    Raises:
-        ConflictError: It does not run, or the guest did not power off in time.
-    """
-    async with changing(store, name, "stop", whole=False) as record:
-        qemu = _must_run(store, record)
-        if now:
-            await _end(store, record, qemu)
-            return
-        async with launch.controlling(store, record) as monitor:
-            await monitor.execute("system_powerdown")
-        if not await process.ended(qemu, timeout_s):
-            raise ConflictError(
-                f"the guest of {name!r} did not power off within {timeout_s:g} s",
-                f"`calotype stop --now {shlex.quote(name)}` ends it at once",
-            )
-
-
-async def _end(store: Store, record: VmRecord, qemu: Process) -> None:
-    """End QEMU: by its monitor, and one that does not answer by its pid."""
-    try:
-        async with launch.controlling(store, record) as monitor:
-            await monitor.execute("quit")
-    except (QemuError, ConflictError):
-        process.kill(qemu)
-    if not await process.ended(qemu, 30.0):
-        process.kill(qemu)
-        await process.ended(qemu, 10.0)
-
-
-async def forget(store: Store, name: str) -> tuple[VmRecord, Path, list[Manifest]]:
-    """Take a VM that does not run out of the catalogue; all its files stay.
-
-    Returns:
-        The record, the folder that its files are in now, and the snapshots in it.
-
-    Raises:
-        ConflictError: It runs.
-    """
-    async with changing(store, name, "forget") as record:
-        _must_not_run(store, record)
-        manifests, _ = store.sound_manifests(record.id)
-        return record, store.forget(record), manifests
 
 
 # --- recover -------------------------------------------------------------------------------------

@@ -113,8 +113,12 @@ async def _start_qemu(world: World, step: StartQemu) -> None:
 
 
 async def _end_qemu(world: World, step: StartQemu) -> None:
-    """End the QEMU that was started, also one that nobody had the time to write down."""
-    recorded = {world.qemu} if world.qemu and not step.beside else set()
+    """End the QEMU that was started, also one that nobody had the time to write down.
+
+    One that was adopted meanwhile is no work of ours.
+    """
+    runs = world.qemu
+    recorded = {runs} if runs is not None and not runs.monitor and not step.beside else set()
     for qemu in {*recorded, *process.find(launch.MARK, world.record.id)} - {world.began_with}:
         process.kill(qemu)
         await process.ended(qemu, 10.0)

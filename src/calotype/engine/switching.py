@@ -22,7 +22,7 @@ from calotype.engine.execute import seen_through
 from calotype.engine.world import World
 from calotype.errors import CalotypeError, HostError, QemuError, StoreError
 from calotype.model.vm import Image
-from calotype.qemu import guarding, live_merge
+from calotype.qemu import live_merge
 from calotype.qemu.guarding import Switch
 from calotype.qemu.monitor import Monitor
 
@@ -54,11 +54,15 @@ async def _switch(world: World, monitor: Monitor, job: str, top: Image, base: Im
         await seen_through(go_over(world, monitor, job, top, base, _in_time(LIMIT_S)))
         return
     folder = world.store.folder(world.record.id)
-    async with guarding.posted(folder / launch.GUARD) as guard:
+    async with launch.guarded(world.store, world.record, monitor) as guard:
         until = _in_time(LIMIT_S * _RECORD_SHARE)
         await guard.arm(LIMIT_S, Switch(str(folder / "record.json"), base.path, job))
         await seen_through(paused(world, monitor, job, top, base, until))
-        await guard.stand_down()
+        if not await guard.stand_down():
+            raise QemuError(
+                f"the switch from {top.path} took too long, and the guard has ended it",
+                "`calotype recover` sees it through",
+            )
 
 
 def _in_time(seconds: float) -> float:

@@ -40,7 +40,7 @@ from calotype.plan.steps import (
 )
 from calotype.plan.take_plan import TakePlan
 from calotype.plan.window import Accepted, Failed, Window
-from calotype.qemu import guarding, migration, observe, process
+from calotype.qemu import migration, observe, process
 from calotype.qemu.monitor import CommandRefused, Monitor
 from calotype.qemu.passing import pass_through
 from calotype.store import files, images
@@ -207,9 +207,8 @@ async def _guarded(taking: Taking, step: PassInstant, window: Window) -> Accepte
     if not step.was_running or step.method == "storage-only":  # nothing is paused by us
         await _compare_graph(taking.monitor, step)
         return await pass_through(window, taking.monitor)
-    path = taking.store.folder(taking.record.id) / launch.GUARD
     forgetful = taking.pid if step.method == "live-storage-first" else None
-    async with guarding.posted(path) as guard:
+    async with launch.guarded(taking.store, taking.record, taking.monitor) as guard:
         await guard.arm(step.limit_ms / 1000, forgetful=forgetful)
         try:
             await _compare_graph(taking.monitor, step)
@@ -219,10 +218,16 @@ async def _guarded(taking: Taking, step: PassInstant, window: Window) -> Accepte
         taking.is_settled = False
         end = await pass_through(window, taking.monitor, forgetful)
         if isinstance(end, Accepted) or end.settled:
-            await guard.stand_down()
+            is_overruled = not await guard.stand_down()
         else:
+            is_overruled = taking.monitor.is_handed_over
             taking.monitor.is_silent = True
+    if is_overruled:
+        return Failed(_OVERRULED, limit=True, settled=False)
     return end
+
+
+_OVERRULED = "the pause reached its limit, and the guard has ended it"
 
 
 async def _compare_graph(monitor: Monitor, step: PassInstant) -> None:

@@ -70,7 +70,7 @@ class World:
 
         A QEMU that did not answer once is not waited for again by what follows.
         """
-        if self._monitor is not None:
+        if self._monitor is not None and not self._monitor.is_handed_over:
             yield self._monitor
             return
         if self._silence is not None:

@@ -92,7 +92,7 @@ class Answers:
 def _decoded(text: bytes) -> Answer | None:
     try:
         message = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     match message:
         case {"return": value}:

@@ -49,6 +49,34 @@ class Topology(Struct, frozen=True):
     """`device=file` of each read-only medium in a drive: a CD that was changed is another one."""
 
 
+class Limit(Struct, frozen=True):
+    """A command that does not work with an adopted VM, and why."""
+
+    command: str
+    problem: str
+    remedy: str
+
+
+class Dropped(Struct, frozen=True):
+    """Words of an adopted VM's command line that it is not started with again, and why."""
+
+    words: str
+    reason: str
+
+
+class Adopted(Struct, frozen=True):
+    """How a VM was found that somebody else had started."""
+
+    argv: tuple[str, ...]
+    """The command line as it ran, by which it is known again."""
+    qmp: str
+    """The QMP socket that the user named."""
+    uid: int
+    """The user that it ran as."""
+    dropped: tuple[Dropped, ...] = ()
+    limits: tuple[Limit, ...] = ()
+
+
 class VmRecord(Struct, frozen=True):
     """What the store keeps of one VM."""
 
@@ -65,6 +93,8 @@ class VmRecord(Struct, frozen=True):
     """As QEMU showed it when it last started."""
     set_aside: tuple[DiskRecord, ...] = ()
     """Disks that the VM once had and that its command line does not name now."""
+    adopted: Adopted | None = None
+    """How it was found, if it was adopted; then `argv` is what it is started with from now on."""
     format: int = 1
 
 
@@ -73,6 +103,8 @@ class Process(Struct, frozen=True):
 
     pid: int
     start_ticks: int
+    monitor: str = ""
+    """The QMP socket of one that was adopted; "" where it has those in the VM's folder."""
 
 
 class Bitmap(Struct, frozen=True):

@@ -100,6 +100,12 @@ _STOP_FIRST = "give --stop-first: the VM is saved, ended, and put back if the re
 
 def _beside_blockers(go: "_Going", running: Running) -> Iterator[Blocker]:
     """Why the VM cannot be gone over from while it runs."""
+    if running.adopted_at:
+        yield Blocker(
+            f"its QEMU was started by hand and adopted at {running.adopted_at}, and a second one"
+            " would take its user's sockets",
+            _STOP_FIRST,
+        )
     if go.run_state == "off":
         yield Blocker(
             f"the snapshot {go.manifest.id} has no machine state, and the VM runs",

@@ -61,6 +61,8 @@ class Running(Struct, frozen=True):
     can_let_go: bool
     """Whether it can give up an image that the other takes over (blockdev-set-active)."""
     migration: MigrationFacts
+    adopted_at: str = ""
+    """The QMP socket of one that its user started; "" of one that we did."""
 
 
 class Mismatch(Struct, frozen=True):

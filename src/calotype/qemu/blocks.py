@@ -6,7 +6,9 @@ them, and what is looked for by a device is the image under its filters. Some co
 *root* all the same, the node that the device itself is on (blockdev.c, qmp_get_root_bs).
 """
 
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,6 +17,9 @@ from blake3 import blake3
 from calotype.model.names import OURS
 from calotype.plan.kinds import treatment
 from calotype.qemu.monitor import Monitor
+
+NAMED_BY_PATH = frozenset({"file", "host_device", "host_cdrom"})
+"""The drivers whose name for a node is a path, from QEMU's folder on."""
 
 
 class Blocks(NamedTuple):
@@ -27,11 +32,18 @@ class Blocks(NamedTuple):
 
 async def read_blocks(monitor: Monitor) -> Blocks:
     """Ask for all of it; what changes between the three questions is found by the digest."""
+    nodes = await monitor.execute("query-named-block-nodes", flat=True)
     return Blocks(
-        await monitor.execute("query-named-block-nodes", flat=True),
+        [{**node, "file": _placed(node, monitor.cwd)} for node in nodes],
         await monitor.execute("query-block"),
         await monitor.execute("x-debug-query-block-graph"),
     )
+
+
+def _placed(node: Mapping[str, Any], cwd: str) -> str:
+    """A node's file name; of a file the whole one, however the command line spelled it."""
+    name = str(node["file"])
+    return os.path.realpath(Path(cwd) / name) if cwd and node["drv"] in NAMED_BY_PATH else name
 
 
 def files(blocks: Blocks) -> dict[str, str]:

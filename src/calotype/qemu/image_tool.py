@@ -5,7 +5,9 @@ otherwise look for a protocol or for commas in it.
 """
 
 import asyncio
+import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -30,7 +32,11 @@ async def create_overlay(overlay: str, backing: Image, size_bytes: int) -> None:
         )
     await _run("create", "-q", "-u", "-f", "qcow2", "-b", backing.path, "-F", backing.format,
                f"file:{overlay}", str(size_bytes))  # fmt: skip
-    Path(overlay).chmod(Path(backing.path).stat().st_mode & 0o444 | 0o600)
+    below = Path(backing.path).stat()
+    if (below.st_uid, below.st_gid) != (os.geteuid(), os.getegid()):
+        with contextlib.suppress(PermissionError):  # QEMU may run as the image's owner
+            os.chown(overlay, below.st_uid, below.st_gid)
+    Path(overlay).chmod(below.st_mode & 0o444 | 0o600)
     await asyncio.to_thread(_make_durable, Path(overlay))
 
 

@@ -6,8 +6,9 @@ qemu.qmp hands events and replies to different queues, which is right for most u
 one thing that the paused window depends on.
 
 A QEMU monitor serves one client; a second one connects and waits for a greeting for ever. So every
-connection has a deadline, and a VM that we start gets two sockets: *control* for the operation
-that holds the VM's lock, *query* for everybody who only looks.
+connection has a deadline, and a VM that we start gets sockets of its own: *control* for the
+operation that holds the VM's lock, *query* for everybody who only looks. A VM that was adopted has
+the one socket that its user gave, for all of them in turn.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import contextlib
 import logging
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,15 +61,41 @@ class _Client(QMPClient):
         """Send a message that has an id and drop the answer: the tap has seen it."""
         await self._raw(message, assign_id=False)
 
+    def leave(self) -> None:
+        """Read and write no more, from this moment on."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
 
 class Monitor:
     """An open QMP connection; made by `connect`."""
 
-    def __init__(self, client: _Client) -> None:
+    def __init__(self, client: _Client, connection: socket.socket, cwd: str = "") -> None:
         self._client = client
+        self._connection = connection
         self._posted = 0
+        self.cwd = cwd
+        """The folder that QEMU's relative file names start from; "" where nobody asks for files."""
         self.is_silent = False
         """It let us wait in vain; what is asked now is not waited for as long."""
+        self.is_handed_over = False
+        """The connection is another's now; nothing more can be asked through this end."""
+
+    def fileno(self) -> int:
+        """The descriptor of the connection, for a process that shares it."""
+        return self._connection.fileno()
+
+    def hand_over(self) -> None:
+        """Leave the connection to the process that shares it, at once and without a word to QEMU.
+
+        Closing this end hangs up nothing while the other holds the same socket.
+        """
+        if self.is_handed_over:
+            return
+        self.is_handed_over = True
+        self._client.leave()
+        if self._client.tap is not None:
+            self._client.tap(None)
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Send a command and wait for its answer; `_` in argument names stands for `-`.
@@ -170,7 +198,7 @@ def open_socket(path: Path) -> socket.socket:
 
     Raises:
         BlockingIOError: The line is full.
-        OSError: Nobody listens there.
+        OSError: Nobody listens there, or we may not connect.
     """
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -187,8 +215,8 @@ def open_socket(path: Path) -> socket.socket:
     return connection
 
 
-async def _opened(path: Path) -> socket.socket:
-    """Connect as soon as the line is not full."""
+async def opened(path: Path) -> socket.socket:
+    """Connect to *path* as `open_socket` does, as soon as the line is not full."""
     while True:
         try:
             return open_socket(path)
@@ -217,29 +245,62 @@ def listen_socket(path: Path) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def connect(path: Path, timeout_s: float = GREETING_TIMEOUT_S) -> AsyncIterator[Monitor]:
+async def connect(
+    path: Path, timeout_s: float = GREETING_TIMEOUT_S, *, cwd: str = "", pid: int = 0
+) -> AsyncIterator[Monitor]:
     """Open the QMP connection at *path* for the length of a `with` block.
 
+    Args:
+        path: The socket.
+        timeout_s: How long to wait for QEMU's greeting.
+        cwd: The folder that QEMU's relative file names start from.
+        pid: The process that must have made the socket; 0 where that is of no matter.
+
     Raises:
-        ConflictError: Somebody else is connected to this monitor.
+        ConflictError: Somebody else is connected to this monitor, or it is another process's.
         QemuError: There is no QEMU behind it, or it hung up.
     """
     client = _Client(path.name)
     try:
         async with asyncio.timeout(timeout_s):
-            await client.connect(await _opened(path))
+            connection = await opened(path)
+            if pid and (other := peer_pid(connection)) != pid:
+                connection.close()
+                raise _anothers(path, other, pid)
+            await client.connect(connection)
     except TimeoutError as error:
-        raise _silent(path, timeout_s) from error
+        raise silent(path, timeout_s) from error
     except (OSError, ConnectError) as error:
         raise QemuError(f"no QEMU answers on {path}: {error}", LAST_WORDS) from error
-    monitor = Monitor(client)
+    monitor = Monitor(client, connection, cwd)
     try:
         yield monitor
     finally:
         await monitor.close()
 
 
-def _silent(path: Path, timeout_s: float) -> ConflictError:
+_CREDENTIALS = struct.Struct("=iII")
+"""ucred: pid, uid, gid (unix(7), SO_PEERCRED)."""
+
+
+def peer_pid(connection: socket.socket) -> int:
+    """The process that listens at the other end, or that did when it handed the socket on.
+
+    0 where it is in a pid namespace that cannot be seen from here.
+    """
+    told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(told)[0])
+
+
+def _anothers(path: Path, found: int, recorded: int) -> ConflictError:
+    return ConflictError(
+        f"process {found} answers on {path}, not the QEMU {recorded} that was adopted there",
+        "`calotype adopt` with the same name and socket takes the new one in",
+        pid=found,
+    )
+
+
+def silent(path: Path, timeout_s: float) -> ConflictError:
     """Why a monitor gives no greeting: it serves another, or its QEMU hangs."""
     waited = f"the monitor {path} gave no greeting in {timeout_s:g} s"
     holders = clients(path)

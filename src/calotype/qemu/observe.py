@@ -37,6 +37,7 @@ from calotype.model.vm import (
 from calotype.plan.kinds import IMAGES, kind_of, treatment
 from calotype.qemu import process
 from calotype.qemu.blocks import (
+    NAMED_BY_PATH,
     Blocks,
     below,
     digest,
@@ -96,7 +97,7 @@ async def observe_graph_digest(monitor: Monitor) -> str:
 
 
 async def active_paths(monitor: Monitor) -> set[str]:
-    """The image files that the guest's devices are on now, whether or not we know them."""
+    """The image files that the guest's devices are on now, links followed, known to us or not."""
     blocks = await read_blocks(monitor)
     where = files(blocks)
     return {where[root(backend)] for backend in blocks.backends if backend.get("inserted")}
@@ -107,7 +108,7 @@ async def delete_inside(monitor: Monitor, image: Image, identity: str, name: str
     blocks = await read_blocks(monitor)
     roots = {root(backend) for backend in blocks.backends}
     for node, path in files(blocks).items():
-        if path == image.path and node in roots:
+        if path == os.path.realpath(image.path) and node in roots:
             await monitor.execute(
                 "blockdev-snapshot-delete-internal-sync", device=node, id=identity, name=name
             )
@@ -140,6 +141,27 @@ async def observe_topology(monitor: Monitor) -> Topology:
         devices=tuple([device async for device in _devices(monitor)]),
         media=tuple(_media(await read_blocks(monitor))),
     )
+
+
+async def relative_names(monitor: Monitor) -> tuple[str, ...]:
+    """The files that QEMU knows by a path from its folder on, as it spells them."""
+    nodes = await monitor.execute("query-named-block-nodes", flat=True)
+    paths = {node["file"] for node in nodes if node["drv"] in NAMED_BY_PATH}
+    return tuple(sorted(path for path in paths if not path.startswith("/")))
+
+
+async def plugged_in(monitor: Monitor) -> frozenset[str]:
+    """The devices, as `Topology` has them, that were plugged in after QEMU was started.
+
+    Their QOM property says so (hw/core/qdev.c, device_get_hotplugged).
+    """
+    found = set()
+    async for device in _devices(monitor):
+        name = device.partition("=")[0]
+        for place in ("peripheral", "peripheral-anon"):
+            if await _property(monitor, f"/machine/{place}/{name}", "hotplugged") is True:
+                found.add(device)
+    return frozenset(found)
 
 
 async def name_disks(monitor: Monitor, disks: tuple[DiskRecord, ...]) -> tuple[DiskRecord, ...]:

@@ -111,9 +111,18 @@ def _reap(pid: int) -> None:
 
 def kill(qemu: Process) -> None:
     """End it at once; one that is gone is no error."""
+    _signal(qemu, signal.SIGKILL)
+
+
+def terminate(qemu: Process) -> None:
+    """Have it end as `quit` does: so a QEMU answers SIGTERM (system/runstate.c)."""
+    _signal(qemu, signal.SIGTERM)
+
+
+def _signal(qemu: Process, number: signal.Signals) -> None:
     if is_alive(qemu):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(qemu.pid, signal.SIGKILL)
+            os.kill(qemu.pid, number)
 
 
 async def ended(qemu: Process, timeout_s: float) -> bool:

@@ -224,7 +224,7 @@ def _entries(path: Path, lines: list[bytes]) -> Iterator[Entry]:
             raise _untrue(path, number)
         try:
             yield msgspec.json.decode(line.partition(b" ")[2], type=Entry)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _untrue(path, number) from error
 
 

@@ -430,7 +430,7 @@ def _read(path: Path, kind: type[_Kept]) -> _Kept:
         value = msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:
         raise _damaged(path, f"cannot read {path}: {error.strerror}", kind) from error
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _damaged(path, f"{path} is not what it should be: {error}", kind) from error
     return value
 

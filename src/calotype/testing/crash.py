@@ -325,7 +325,7 @@ async def _do_nothing(*_: object) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _no_guard(*_: object) -> AsyncIterator["_NoGuard"]:
+async def _no_guard(*_: object, **__: object) -> AsyncIterator["_NoGuard"]:
     yield _NoGuard()
 
 
@@ -335,8 +335,9 @@ class _NoGuard:
     async def arm(self, limit_s: float, change: object = None, **also: object) -> None:
         """Do nothing."""
 
-    async def stand_down(self) -> None:
+    async def stand_down(self) -> bool:
         """Do nothing."""
+        return True
 
     async def act(self, patience_s: float) -> bool:
         """Do nothing."""

@@ -16,7 +16,7 @@ import pytest
 from builders import SNAPSHOT, make_manifest, make_record
 from calotype.cli.main import main
 from calotype.cli.output import UNDONE, one_line, report_error, run_async
-from calotype.engine import operations
+from calotype.engine import lifecycle, operations
 from calotype.errors import HostError, InterruptError, MismatchError, QemuError
 from calotype.model.names import LONGEST_TAG
 from calotype.plan.restore_plan import RestorePlan
@@ -353,8 +353,10 @@ def test_only_what_was_undone_is_said_to_be(
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(60)
 
-    for name in ("take", "plan_only", "stop", "start"):
-        monkeypatch.setattr(operations, name, work)
+    for module, name in (
+        (operations, "take"), (operations, "plan_only"), (lifecycle, "stop"), (lifecycle, "start"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, work)
     code, told, lines = failing(capsys, *words)
     assert (code, told["family"]) == (130, "interrupt")
     assert told["problem"].partition(",")[0] == problem

@@ -46,7 +46,7 @@ def dead() -> Process:
 
 @pytest.fixture
 def _no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    def posted(*_: Any) -> None:
+    def posted(*_: Any, **__: Any) -> None:
         raise HostError("the guard of the pause ended before the pause", "try again")
 
     monkeypatch.setattr(guarding, "posted", posted)

@@ -57,7 +57,7 @@ def test_what_is_of_the_past_is_passed_over(past: bytes) -> None:
 @pytest.mark.parametrize(
     "line",
     [b"", b"{", b"[]", b"null", b"{}", b'{"error": {}}', b'{"error": 1}', b'{"event": "x"}',
-     b"\x00\x01\xfe", b"[" * 100_000, b'{"return":' * 50_000],
+     b"\x00\x01\xfe", b'{"return": "\x80"}', b"[" * 100_000, b'{"return":' * 50_000],
 )  # fmt: skip
 def test_what_is_no_answer_is_passed_over(line: bytes) -> None:
     assert answers(line + b'\n{"return": 1}\n') == [Answer(1)]

@@ -136,6 +136,7 @@ def test_the_clock_is_set_last_when_the_old_one_is_gone() -> None:
 
 BLOCKED = [
     (make_running(unshared=(("-gdb tcp::1", "one alone"),)), {}, "-gdb tcp::1: one alone"),
+    (make_running(adopted_at="/run/qmp.sock"), {}, "by hand and adopted at /run/qmp.sock"),
     (make_running(jobs=("backup",)), {}, "block job 'backup'"),
     (make_running(migration=make_migration(status="active")), {}, "a migration is under way"),
     (make_running(can_let_go=False), {"kind": "skip"}, "is skipped, so both would be on it"),
@@ -146,6 +147,13 @@ BLOCKED = [
         "both kept and discarded",
     ),
 ]
+
+
+def test_a_qemu_that_was_adopted_is_left_by_stopping_it_first() -> None:
+    (blocker,) = plan(make_running(adopted_at="/run/qmp.sock")).blockers
+    assert "would take its user's sockets" in blocker.problem
+    assert "--stop-first" in blocker.remedy
+    assert not plan(None).blockers
 
 
 @pytest.mark.parametrize(("running", "changes", "words"), BLOCKED)

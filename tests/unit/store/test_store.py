@@ -514,9 +514,10 @@ def test_damage_that_is_found_late_is_told_with_its_cure(tmp_path: Path) -> None
 NOT_JSON = b"{"
 WRONG_TYPE = b'{"id": 1}'
 NOT_TEXT = b"\xff\xfe\x00"
+NOT_UTF8 = b'{"id": "\x80"}'
 
 
-@pytest.mark.parametrize("content", [b"", NOT_JSON, WRONG_TYPE, NOT_TEXT, b"null"])
+@pytest.mark.parametrize("content", [b"", NOT_JSON, WRONG_TYPE, NOT_TEXT, NOT_UTF8, b"null"])
 @pytest.mark.parametrize(
     ("file", "read"),
     [
@@ -540,7 +541,7 @@ def test_a_file_that_is_not_what_it_should_be_is_named(
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("content", [b"", NOT_JSON, WRONG_TYPE, NOT_TEXT, b"null"])
+@pytest.mark.parametrize("content", [b"", NOT_JSON, WRONG_TYPE, NOT_TEXT, NOT_UTF8, b"null"])
 @pytest.mark.parametrize("is_indexed", [True, False])
 def test_a_damaged_file_is_in_the_way_of_nothing_else(
     tmp_path: Path, content: bytes, is_indexed: bool

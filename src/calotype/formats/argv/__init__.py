@@ -8,11 +8,18 @@
     refusals      what cannot be stood for, and why    supervision  what Calotype adds to it
     agent         the socket that leads to the guest's agent
     sharing       what two QEMUs cannot both have
+    adopting      what of another's command line can be started again
 
 Nothing is opened and nothing is looked up: a command line and the folder it is run in are all that
 counts. What cannot be understood is refused with the word, the reason and what to do.
 """
 
+from calotype.formats.argv.adopting import (
+    console_path,
+    named_devices,
+    obstacles,
+    without_its_start,
+)
 from calotype.formats.argv.agent import agent_socket
 from calotype.formats.argv.definition import definition
 from calotype.formats.argv.disks import DiskArgument, disks
@@ -33,14 +40,18 @@ __all__ = [
     "Sharing",
     "acts",
     "agent_socket",
+    "console_path",
     "definition",
     "disks",
     "for_restore",
     "has_console",
     "machine",
     "memory_bytes",
+    "named_devices",
+    "obstacles",
     "sharing",
     "supervised",
     "with_images",
     "with_machine",
+    "without_its_start",
 ]

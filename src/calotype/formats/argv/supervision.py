@@ -31,7 +31,7 @@ QUERY = f"{OURS}query"
 GUARD = f"{OURS}guard"
 CONSOLE = f"{OURS}console"
 
-_TERMINAL_OPTIONS = frozenset(
+TERMINAL_OPTIONS = frozenset(
     {"debugcon", "gdb", "monitor", "parallel", "qmp", "qmp-pretty", "qtest", "serial"}
 )
 """The options whose value is a character device in the short form (qemu_chr_parse_compat)."""
@@ -113,7 +113,7 @@ def _terminal_user(command: CommandLine) -> tuple[int, Argument] | None:
 def _wants_terminal(argument: Argument) -> bool:
     if argument.option == "chardev":
         return settings(argument).get("backend") == "stdio"
-    return argument.option in _TERMINAL_OPTIONS and argument.text in {"stdio", "mon:stdio"}
+    return argument.option in TERMINAL_OPTIONS and argument.text in {"stdio", "mon:stdio"}
 
 
 def _console(endpoints: Endpoints, chardev: Argument | None = None) -> Argument:
