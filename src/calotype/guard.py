@@ -74,8 +74,9 @@ STOOD_DOWN, ACTING = b"STOOD DOWN\n", b"ACTING\n"
 ARM = b"ARM "
 SHARED, THAW = "shared", "thaw"
 
-RESCUE_S = 30.0
-"""How long it is tried to let the guest run."""
+RESCUE_S = 120.0
+"""How long it is tried to let the guest run, and how long QEMU may be silent: twice as long as its
+owner waits for an answer (`qemu/monitor.py`, `REPLY_TIMEOUT_S`)."""
 STEADY = 8
 """How many looks in a row must find the guest running."""
 LOOK_S = 0.02

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from calotype.plan.kinds import KINDS
+from calotype.qemu.monitor import CommandRefused
 from calotype.store import images
 from calotype.testing.machine import CommandFailed, Machine, wait
 from calotype.testing.witness import Witness
@@ -422,12 +423,22 @@ def undo(vm: Machine, disk: str, nodes: dict[str, dict[str, Any]]) -> None:
         return not any(each["name"] == "stick" for each in shown)
 
     wait(is_unplugged, "the stick to be unplugged")
-    for node in (*(f"x-{driver}" for driver in nodes), "hot", "n2"):
+    for node in (*(f"x-{driver}" for driver in nodes), "n2"):
         vm.qmp("blockdev-del", node_name=node)
+    wait(lambda: is_let_go(vm, "hot"), "the stick to let go of its drive")
     vm.qmp("block-export-del", id="of-disk", mode="hard")
     wait(lambda: vm.qmp("query-block-exports") == [], "the exports to end")
     vm.qmp("nbd-server-stop")
     vm.qmp("blockdev-del", node_name="n")
+
+
+def is_let_go(vm: Machine, node: str) -> bool:
+    """Close a node, if nothing holds it; a device that is gone may for a moment."""
+    try:
+        vm.qmp("blockdev-del", node_name=node)
+    except CommandRefused:
+        return False
+    return True
 
 
 # --- devices that hold something outside ----------------------------------------------------------

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -113,6 +114,17 @@ def say(settings: Settings, value: Mapping[str, Any], lines: Sequence[str]) -> N
     for line in lines:
         indent = line[: len(line) - len(line.lstrip(" "))]
         _print(indent + one_line(line))
+
+
+def say_unfinished(
+    settings: Settings, value: Mapping[str, Any], line: str, unfinished: int, name: str
+) -> None:
+    """Print the result of what could be done although an earlier operation is not over."""
+    lines = [line]
+    if unfinished:
+        again = shlex.join(settings.suggested("recover", name))
+        lines.append(f"an earlier operation on it is not over yet: `{again}` tells why")
+    say(settings, {**value, "unfinished": unfinished}, lines)
 
 
 def say_with_damage(

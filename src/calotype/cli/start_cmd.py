@@ -2,7 +2,7 @@
 
 import click
 
-from calotype.cli.output import UNDONE, Settings, common, run_async, say
+from calotype.cli.output import UNDONE, Settings, common, run_async, say_unfinished
 
 
 @click.command("start")
@@ -13,5 +13,7 @@ def command(settings: Settings, name: str) -> None:
     from calotype.engine import lifecycle  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    record = run_async(lifecycle.start(Store(settings.store_path, make=False), name), UNDONE)
-    say(settings, {"vm": record.name, "vm_id": record.id}, [f"{record.name} runs"])
+    store = Store(settings.store_path, make=False)
+    record = run_async(lifecycle.start(store, name), UNDONE)
+    told = {"vm": record.name, "vm_id": record.id}
+    say_unfinished(settings, told, f"{name} runs", len(store.unfinished(record.id)), name)

@@ -4,7 +4,15 @@ import shlex
 
 import click
 
-from calotype.cli.output import STOPPED, Finite, Settings, Stopped, common, run_async, say
+from calotype.cli.output import (
+    STOPPED,
+    Finite,
+    Settings,
+    Stopped,
+    common,
+    run_async,
+    say_unfinished,
+)
 
 
 @click.command("stop")
@@ -24,9 +32,11 @@ def command(settings: Settings, name: str, now: bool, timeout: float) -> None:
     from calotype.engine import lifecycle  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
-    work = lifecycle.stop(Store(settings.store_path, make=False), name, now=now, timeout_s=timeout)
+    store = Store(settings.store_path, make=False)
+    work = lifecycle.stop(store, name, now=now, timeout_s=timeout)
     run_async(work, STOPPED if now else _not_awaited(name))
-    say(settings, {"vm": name}, [f"{name} is off"])
+    unfinished = len(store.unfinished(store.find(name).id))
+    say_unfinished(settings, {"vm": name}, f"{name} is off", unfinished, name)
 
 
 def _not_awaited(name: str) -> Stopped:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from calotype.engine.agent_effects import thaw
 from calotype.engine.disk_effects import delete_inside
-from calotype.engine.switching import record_newest, switch, unheard
+from calotype.engine.switching import record_newest, switch
 from calotype.engine.world import Effect, Effects, World
 from calotype.model.vm import Image
 from calotype.plan.abandon import OverlaySight, Qemu, plan_abandon
@@ -103,10 +103,10 @@ async def _merge_back(world: World, step: MergeBack) -> None:
         await asyncio.to_thread(_thaw, step)
         if not is_begun:
             await live_merge.begin(monitor, step.job, overlay, step.base)
-        if await live_merge.reached(monitor, step.job, "ready", unheard) == "ready":
+        if await live_merge.reached(monitor, step.job, "ready", image_tool.unheard) == "ready":
             await switch(world, monitor, step.job, overlay, step.base)
         record_newest(world, step.base, {overlay, step.base})
-        await live_merge.end(monitor, step.job, overlay, unheard)
+        await live_merge.end(monitor, step.job, overlay, image_tool.unheard)
 
 
 def _thaw(step: MergeBack | MergeBackOffline) -> None:

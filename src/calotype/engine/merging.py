@@ -15,10 +15,10 @@ from pathlib import Path
 
 from calotype.engine import switching
 from calotype.engine.world import World
-from calotype.errors import ConflictError, StoreError
+from calotype.errors import CalotypeError, ConflictError, StoreError
 from calotype.model.vm import Image
 from calotype.plan.steps import MergeDown, MergeUp
-from calotype.qemu import live_merge, offline_merge
+from calotype.qemu import image_tool, live_merge, offline_merge
 from calotype.qemu.monitor import Monitor
 from calotype.store import images
 
@@ -132,7 +132,7 @@ async def must_be_closed(world: World, closed: Iterable[Image]) -> None:
             )
 
 
-def _share(world: World, *copied: Image) -> offline_merge.Share:
+def _share(world: World, *copied: Image) -> image_tool.Share:
     """Tell how many bytes of these images are merged."""
     whole = sum(images.allocated_bytes(Path(image.path)) for image in copied)
     return lambda share: world.progress("merging", round(share * whole), whole)
@@ -157,12 +157,24 @@ def _require_stands(image: Image, onto: Image | None) -> None:
 
 @contextlib.contextmanager
 def writable(changed: Iterable[Image], active: Collection[str]) -> Iterator[None]:
-    """Thaw images for the length of a block; all but those *active* are frozen in the end."""
+    """Thaw images for the length of a block; all but those *active* are frozen in the end.
+
+    If the block fails they are frozen too, as far as that goes: its error is the one that is told.
+    """
     paths = [Path(image.path) for image in changed if Path(image.path).exists()]
+    try:
+        for path in paths:
+            mode = images.mode(path)
+            images.thaw(path, images.Frozen(mode | 0o600, immutable=True))
+        yield
+    except BaseException:
+        with contextlib.suppress(CalotypeError):
+            _freeze(paths, active)
+        raise
+    _freeze(paths, active)
+
+
+def _freeze(paths: Iterable[Path], active: Collection[str]) -> None:
     for path in paths:
-        mode = images.mode(path)
-        images.thaw(path, images.Frozen(mode | 0o600, immutable=True))
-    yield
-    for path in paths:
-        if str(path) not in active:
+        if str(path) not in active and path.exists():
             images.freeze(path)

@@ -232,7 +232,7 @@ def _find_internal(step: CommitLeftBehind) -> dict[int, tuple[str, str]]:
 
 
 async def _revoke_left_behind(world: World, step: CommitLeftBehind) -> None:
-    world.store.revoke(world.record.id, step.snapshot)
+    world.store.drop_snapshot(world.record.id, step.snapshot)
 
 
 RESTORE_EFFECTS: Effects = {

@@ -22,7 +22,7 @@ from calotype.engine.execute import seen_through
 from calotype.engine.world import World
 from calotype.errors import CalotypeError, HostError, QemuError, StoreError
 from calotype.model.vm import Image
-from calotype.qemu import live_merge
+from calotype.qemu import image_tool, live_merge
 from calotype.qemu.guarding import Switch
 from calotype.qemu.monitor import Monitor
 
@@ -97,7 +97,7 @@ async def go_over(
     try:
         record_newest(world, base, {top, base})
         await monitor.execute("job-complete", id=job)
-        await live_merge.reached(monitor, job, "concluded", unheard)
+        await live_merge.reached(monitor, job, "concluded", image_tool.unheard)
     except CalotypeError:
         if (await live_merge.look(monitor)).chain(top.path):
             with contextlib.suppress(HostError, StoreError):  # it is written before its picture
@@ -120,7 +120,3 @@ def record_newest(world: World, newest: Image, of: set[Image]) -> None:
     )
     if disks != record.disks:
         world.store.save(replace(record, disks=disks))
-
-
-def unheard(_: float) -> None:
-    """Hear how far a merge is, and tell nobody."""

@@ -343,7 +343,7 @@ def find_internal(facts: Facts, snapshot: str) -> dict[int, tuple[str, str]]:
 
 
 async def _revoke(world: World, step: Commit) -> None:
-    world.store.revoke(world.record.id, step.snapshot)
+    world.store.drop_snapshot(world.record.id, step.snapshot)
 
 
 TAKE_EFFECTS: Effects = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from calotype.model.identity import Format
 from calotype.model.vm import Image
-from calotype.qemu.offline_merge import Share, run_told
+from calotype.qemu.image_tool import Share, run
 from calotype.store import images
 
 
@@ -39,8 +39,8 @@ async def copy_content(
     driver = "host_device" if Path(source.path).is_block_device() else "file"
     node = {"driver": source.format, "file": {"driver": driver, "filename": source.path}}
     one = ("-l", f"snapshot.name={inside}") if inside else ()
-    await run_told(told, "convert", "-p", "-U", "-O", format, *one,
-                   f"json:{json.dumps(node)}", f"file:{target}")  # fmt: skip
+    await run("convert", "-p", "-U", "-O", format, *one,
+              f"json:{json.dumps(node)}", f"file:{target}", told=told)  # fmt: skip
 
 
 async def cut_to(image: Path, format: Format, size_bytes: int) -> None:  # noqa: A002 - QEMU's own
@@ -52,5 +52,4 @@ async def cut_to(image: Path, format: Format, size_bytes: int) -> None:  # noqa:
         HostError: qemu-img failed.
     """
     if images.identify(image, format).virtual_size_bytes > size_bytes:
-        await run_told(lambda _: None, "resize", "-q", "--shrink", "-f", format,
-                       f"file:{image}", str(size_bytes))  # fmt: skip
+        await run("resize", "-q", "--shrink", "-f", format, f"file:{image}", str(size_bytes))

@@ -20,8 +20,8 @@ from calotype.errors import ConflictError, QemuError
 from calotype.model.vm import Image
 from calotype.plan.kinds import IMAGES, treatment
 from calotype.qemu.blocks import Blocks, children, files, image_node, read_blocks, root
+from calotype.qemu.image_tool import Share
 from calotype.qemu.monitor import LAST_WORDS, CommandRefused, Monitor
-from calotype.qemu.offline_merge import Share
 
 _POLL_S = 0.02
 

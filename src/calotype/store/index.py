@@ -22,9 +22,9 @@ from calotype.model.snapshot import Consistency, Manifest
 from calotype.model.vm import VmRecord
 from calotype.store.files import host_errors
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _SCHEMA = """
-CREATE TABLE vms (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, parent TEXT);
+CREATE TABLE vms (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 CREATE TABLE snapshots (
     id TEXT PRIMARY KEY, vm_id TEXT NOT NULL, parent TEXT, tag TEXT NOT NULL,
     description TEXT NOT NULL, instant TEXT NOT NULL, method TEXT NOT NULL,
@@ -312,9 +312,7 @@ def _make_tables(database: sqlite3.Connection) -> None:
 
 
 def _put_vm(database: sqlite3.Connection, record: VmRecord) -> None:
-    database.execute(
-        "INSERT OR REPLACE INTO vms VALUES (?, ?, ?)", (record.id, record.name, record.parent)
-    )
+    database.execute("INSERT OR REPLACE INTO vms VALUES (?, ?)", (record.id, record.name))
 
 
 def _put_snapshot(database: sqlite3.Connection, manifest: Manifest, labels: Labels) -> None:

@@ -173,6 +173,7 @@ class Journal:
             self._write(Ended(outcome, _now(), error))
         with host_errors(self.path):
             self.path.rename(self.path.parent.parent / "history" / self.path.name)
+        sync_directory(self.path.parent.parent / "history")
         sync_directory(self.path.parent)
 
     def _write(self, entry: Entry, *, durable: bool = True) -> None:

@@ -149,9 +149,16 @@ class Store:
         make_private_directory(self.folder(vm_id) / "snapshots")
 
     def save(self, record: VmRecord) -> None:
-        """Keep a record, in place of the one before."""
-        _write(self.folder(record.id) / "record.json", record)
-        self.index.put_vm(record)
+        """Keep a record, in place of the one before.
+
+        The index knows of a VM its name alone, which stays: so but for the first time nothing else
+        is written, and who does it while a guest stands still waits for no database.
+        """
+        path = self.folder(record.id) / "record.json"
+        is_new = not path.exists()
+        _write(path, record)
+        if is_new:
+            self.index.put_vm(record)
 
     def drop(self, record: VmRecord) -> None:
         """Remove all of a VM that could not be started the first time."""
@@ -163,6 +170,7 @@ class Store:
         kept = self._forgotten / record.id
         self.folder(record.id).rename(kept)
         sync_directory(self._forgotten)
+        sync_directory(self._vms)
         self.index.remove_vm(record.id)
         return kept
 
@@ -266,11 +274,6 @@ class Store:
         _write(folder / "manifest.json", manifest)
         sync_directory(folder.parent)
         self.index.put_snapshot(manifest, self.labels(manifest.vm_id, manifest.id))
-
-    def revoke(self, vm_id: str, snapshot: str) -> None:
-        """Undo `commit`."""
-        (self.snapshot_folder(vm_id, snapshot) / "manifest.json").unlink(missing_ok=True)
-        self.index.remove_snapshot(snapshot)
 
     def drop_snapshot(self, vm_id: str, snapshot: str) -> None:
         """Make a snapshot not exist, durably, though its other files stay; idempotent."""

@@ -27,7 +27,7 @@ from builders import (
 from calotype.cli.list_cmd import Place, draw
 from calotype.cli.main import COMMANDS, main
 from calotype.cli.output import UNDONE, duration, report_error, run_async, size
-from calotype.engine import operations
+from calotype.engine import lifecycle, operations
 from calotype.errors import FAMILIES, CalotypeError, InterruptError, QemuError
 from calotype.model.snapshot import Manifest, Timings
 from calotype.model.vm import Image, Process, Stray, VmRecord
@@ -729,6 +729,26 @@ def test_a_restore_tells_by_how_much_the_clock_is_behind(
     assert (answer["clock_behind_s"], answer["is_clock_set"]) == (behind_s, is_set)
     assert answer["warnings"] == ["a warning"]
     assert requests[0].sync_time
+
+
+@pytest.mark.parametrize(
+    ("word", "rest"), [("start", {"vm": "web", "vm_id": VM_ID}), ("stop", {"vm": "web"})]
+)
+def test_what_is_not_over_yet_is_said_by_those_that_go_on_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, calotype: Calotype, root: Path, word: str, rest: Any
+) -> None:
+    record = keep(root)
+
+    async def work(*_: Any, **__: Any) -> VmRecord:
+        return record
+
+    monkeypatch.setattr(lifecycle, word, work)
+    assert calotype(word, "web", "--json").json == {"schema": 1, "unfinished": 0, **rest}
+    journal = Store(root).folder(VM_ID) / "journal" / f"{SNAPSHOT}.jsonl"
+    journal.parent.mkdir()
+    journal.write_bytes(b"")
+    assert calotype(word, "web", "--json").json == {"schema": 1, "unfinished": 1, **rest}
+    assert "`calotype recover web" in calotype(word, "web").out
 
 
 # --- the others that need no QEMU ----------------------------------------------------------------

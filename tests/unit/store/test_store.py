@@ -203,7 +203,7 @@ def test_a_snapshot_exists_from_its_manifest_on(tmp_path: Path) -> None:
     assert Store(tmp_path).manifests(VM_ID) == []
     store.commit(make_manifest())
     assert Store(tmp_path).manifests(VM_ID) == [make_manifest()]
-    store.revoke(VM_ID, SNAPSHOT)
+    store.drop_snapshot(VM_ID, SNAPSHOT)
     assert Store(tmp_path).manifests(VM_ID) == []
     assert store.index.snapshots(VM_ID) == []
 
@@ -214,7 +214,7 @@ def test_undoing_is_right_for_what_never_happened(tmp_path: Path) -> None:
     before = paths(tmp_path)
     store.make_snapshot_folder(VM_ID, OTHER)
     for _ in range(2):
-        store.revoke(VM_ID, OTHER)
+        store.drop_snapshot(VM_ID, OTHER)
         store.remove_snapshot_folder(VM_ID, OTHER)
     assert paths(tmp_path) == before
 
@@ -276,7 +276,7 @@ def forget_a_row(path: Path) -> None:
 
 def add_a_row(path: Path) -> None:
     with sqlite3.connect(path) as database:
-        database.execute("INSERT INTO vms VALUES ('dead', 'beef', NULL)")
+        database.execute("INSERT INTO vms VALUES ('dead', 'beef')")
     database.close()
 
 
@@ -430,7 +430,7 @@ def test_an_index_that_cannot_be_brought_up_to_date_is_read_from_memory(
     assert store.find("web").id == VM_ID
     assert (tmp_path / "index.sqlite").read_bytes() == before
     with pytest.raises(HostError, match="full"):
-        store.save(make_record())
+        store.index.put_vm(make_record())
 
 
 def in_the_way(path: Path) -> None:
@@ -466,7 +466,7 @@ def test_who_only_reads_needs_no_index_file(
     assert listed(tmp_path, capfdbinary) == before
     store = Store(tmp_path)
     changes: list[Callable[[], object]] = [
-        lambda: store.save(make_record()),
+        lambda: store.index.put_vm(make_record()),
         lambda: store.index.put_snapshot(make_manifest()),
         lambda: store.index.remove_vm(VM_ID),
     ]
@@ -493,8 +493,11 @@ def test_an_index_that_others_hold_is_no_damage(
     try:
         holder.execute("BEGIN EXCLUSIVE")
         with pytest.raises(HostError, match="locked") as caught:
-            store.save(make_record())
+            store.index.put_vm(make_record())
         assert "wait" in caught.value.remedy
+        changed = make_record(parent=OTHER)
+        store.save(changed)  # a guest may stand still meanwhile
+        assert store.record(VM_ID) == changed
         assert len(Store(tmp_path).records()) == 2
     finally:
         holder.close()
