@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say, working_directory
+from calotype.cli.output import Settings, common, run_async, say
+from calotype.cli.place import working_directory
 
 if TYPE_CHECKING:
     from calotype.engine.adopting import Adoption

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import click
 
-from calotype.cli.output import Settings, common, say
+from calotype.cli.output import Settings, common, say, vm_name
 
 ESCAPE = b"\x1d"
 """Ctrl-], as telnet and virsh have it."""
 
 
 @click.command("console")
-@click.argument("name")
+@vm_name
 @common
 def command(settings: Settings, name: str) -> None:
     """Connect to the console of the VM NAME; Ctrl-] ends it.

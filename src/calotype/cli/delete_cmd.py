@@ -15,6 +15,7 @@ from calotype.cli.output import (
     say,
     size,
     tell_error,
+    vm_name,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _STOPPED = Stopped(
 
 
 @click.command("delete")
-@click.argument("name")
+@vm_name
 @click.option(
     "--id",
     "id_prefixes",

@@ -2,11 +2,11 @@
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say, snapshot_choice
+from calotype.cli.output import Settings, common, run_async, say, snapshot_choice, vm_name
 
 
 @click.command("describe")
-@click.argument("name")
+@vm_name
 @click.argument("text")
 @snapshot_choice
 @common

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from calotype.cli import completing
 from calotype.cli.output import Settings, common, run_async, say_with_damage, size
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command("du")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completing.vm_names)
 @common
 def command(settings: Settings, name: str | None) -> None:
     """Say how much space the VM NAME, or each, takes, and what deleting a snapshot would free."""

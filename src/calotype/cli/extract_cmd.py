@@ -12,8 +12,9 @@ from calotype.cli.output import (
     say,
     size,
     snapshot_choice,
-    working_directory,
+    vm_name,
 )
+from calotype.cli.place import working_directory
 
 _STOPPED = Stopped(
     "stopped: nothing was extracted, and nothing is left of it",
@@ -22,7 +23,7 @@ _STOPPED = Stopped(
 
 
 @click.command("extract")
-@click.argument("name")
+@vm_name
 @click.argument("disk")
 @snapshot_choice
 @click.option(

@@ -2,11 +2,11 @@
 
 import click
 
-from calotype.cli.output import Settings, common, run_async, say
+from calotype.cli.output import Settings, common, run_async, say, vm_name
 
 
 @click.command("forget")
-@click.argument("name")
+@vm_name
 @common
 def command(settings: Settings, name: str) -> None:
     """Forget the VM NAME, which must not run; nothing of it is deleted.

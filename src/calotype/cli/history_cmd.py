@@ -2,11 +2,11 @@
 
 import click
 
-from calotype.cli.output import Settings, common, say
+from calotype.cli.output import Settings, common, say, vm_name
 
 
 @click.command("history")
-@click.argument("name")
+@vm_name
 @click.option("-v", "--verbose", is_flag=True, help="Show the time that each kind of step took.")
 @common
 def command(settings: Settings, name: str, verbose: bool) -> None:

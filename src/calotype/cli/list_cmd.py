@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from calotype.cli import completing
 from calotype.cli.output import Settings, common, say_with_damage, size
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("list")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completing.vm_names)
 @click.option("-q", "--quiet", is_flag=True, help="Print the ids alone.")
 @common
 def command(settings: Settings, name: str | None, quiet: bool) -> None:

@@ -10,11 +10,11 @@ from typing import BinaryIO
 
 import click
 
-from calotype.cli.output import Settings, common, say
+from calotype.cli.output import Settings, common, say, vm_name
 
 
 @click.command("logs")
-@click.argument("name")
+@vm_name
 @click.option("--qemu", is_flag=True, help="What QEMU itself said, instead of the console.")
 @click.option("-f", "--follow", is_flag=True, help="Go on as more is said, while the VM runs.")
 @common

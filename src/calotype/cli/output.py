@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, TypeVar
 import click
 import msgspec
 
+from calotype.cli import completing
+from calotype.cli.place import located
 from calotype.errors import CalotypeError, HostError, InterruptError, StoreError
 
 SCHEMA = 1
@@ -68,38 +70,31 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.pass_context
     def wrapped(context: click.Context, /, store: str | None, as_json: bool, **rest: Any) -> Any:
         named = store or (context.obj or {}).get("store")
-        path = Path(named or _default_store())
-        path = path if path.is_absolute() else working_directory() / path
-        return command(Settings(path, as_json, named is not None), **rest)
+        return command(Settings(located(named), as_json, named is not None), **rest)
 
     wrapped.__doc__ = command.__doc__
     return wrapped
 
 
-def _default_store() -> str:
-    import platformdirs  # noqa: PLC0415 - only where no store is named
-
-    return platformdirs.user_data_dir("calotype")
-
-
-def working_directory() -> Path:
-    """Where the command was given; one that is gone cannot be.
-
-    Raises:
-        HostError: It was removed meanwhile.
-    """
-    try:
-        return Path.cwd()
-    except FileNotFoundError as error:
-        raise HostError("the working directory is gone", "`cd` to one that is there") from error
+def vm_name(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the argument that names a VM which there is."""
+    return click.argument("name", shell_complete=completing.vm_names)(command)
 
 
 def snapshot_choice(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the three ways to name a snapshot."""
     for option in (
         click.option("--latest", is_flag=True, help="The latest that was taken."),
-        click.option("--tag", metavar="TAG", help="The one with this tag."),
-        click.option("--id", "id_prefix", metavar="ID", help="By id, or the beginning of one."),
+        click.option(
+            "--tag", metavar="TAG", shell_complete=completing.tags, help="The one with this tag."
+        ),
+        click.option(
+            "--id",
+            "id_prefix",
+            metavar="ID",
+            shell_complete=completing.ids,
+            help="By id, or the beginning of one.",
+        ),
     ):
         command = option(command)
     return command

@@ -4,12 +4,13 @@ from typing import Any
 
 import click
 
+from calotype.cli import completing
 from calotype.cli.output import Settings, common, run_async, say_with_damage
 from calotype.errors import CalotypeError
 
 
 @click.command("recover")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completing.vm_names)
 @common
 def command(settings: Settings, name: str | None) -> None:
     """Finish or undo what was cut off on the VM NAME, or on all: a take, a restore, a start.

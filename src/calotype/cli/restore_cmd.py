@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from calotype.cli.output import UNDONE, Settings, common, duration, run_async, say, snapshot_choice
+from calotype.cli.output import (
+    UNDONE,
+    Settings,
+    common,
+    duration,
+    run_async,
+    say,
+    snapshot_choice,
+    vm_name,
+)
 
 if TYPE_CHECKING:
     from calotype.engine.operations import Restored
@@ -14,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command("restore")
-@click.argument("name")
+@vm_name
 @snapshot_choice
 @click.option(
     "--run-state",

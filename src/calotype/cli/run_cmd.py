@@ -4,7 +4,8 @@ from typing import Any
 
 import click
 
-from calotype.cli.output import UNDONE, Settings, common, run_async, say, working_directory
+from calotype.cli.output import UNDONE, Settings, common, run_async, say
+from calotype.cli.place import working_directory
 
 
 @click.command("run")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from calotype.cli.output import Settings, common, say, size, snapshot_choice
+from calotype.cli.output import Settings, common, say, size, snapshot_choice, vm_name
 
 if TYPE_CHECKING:
     from calotype.model.snapshot import Manifest, StoragePart
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("show")
-@click.argument("name")
+@vm_name
 @snapshot_choice
 @click.option("--paths", "as_paths", is_flag=True, help="Show where each part of it is, alone.")
 @common

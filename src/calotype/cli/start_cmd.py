@@ -2,11 +2,11 @@
 
 import click
 
-from calotype.cli.output import UNDONE, Settings, common, run_async, say_unfinished
+from calotype.cli.output import UNDONE, Settings, common, run_async, say_unfinished, vm_name
 
 
 @click.command("start")
-@click.argument("name")
+@vm_name
 @common
 def command(settings: Settings, name: str) -> None:
     """Start the VM NAME from the newest content of its disks."""

@@ -12,11 +12,12 @@ from calotype.cli.output import (
     common,
     run_async,
     say_unfinished,
+    vm_name,
 )
 
 
 @click.command("stop")
-@click.argument("name")
+@vm_name
 @click.option("--now", is_flag=True, help="Do not ask the guest: flush the images and end QEMU.")
 @click.option(
     "--timeout",

@@ -15,6 +15,7 @@ from calotype.cli.output import (
     say,
     size,
     tell_error,
+    vm_name,
 )
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _KINDS = ("external", "internal", "skip")
 
 
 @click.command("take")
-@click.argument("name")
+@vm_name
 @click.option("--tag", metavar="TAG", help="Your name for it; need not be unique.")
 @click.option("--description", default="", metavar="TEXT", help="Free text, kept with it.")
 @click.option(
