@@ -156,6 +156,8 @@ for line in sys.stdin:
             "query-migrate-capabilities": [{{"capability": "xbzrle"}}],
             "query-qmp-schema": [{{"meta-type": "command", "name": "quit"}}]}}.get(asked, {{}})
     print(json.dumps({{"return": told, "id": asked}}), flush=True)
+    if asked == "quit":
+        break
 """
 
 

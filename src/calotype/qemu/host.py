@@ -76,7 +76,7 @@ async def ask(program: str) -> QemuSight:
     questions = "".join(json.dumps({"execute": each, "id": each}) + "\n" for each in _QUESTIONS)
     try:
         async with asyncio.timeout(PATIENCE_S):
-            output, said = await qemu.communicate(questions.encode())
+            output, said = await _answered(qemu, questions.encode())
     except TimeoutError:
         return QemuSight(program, None, fault=f"no answer in {PATIENCE_S:g} s")
     finally:
@@ -84,6 +84,22 @@ async def ask(program: str) -> QemuSight:
             qemu.kill()
         await qemu.wait()
     return _read(program, output, said.decode(errors="replace").strip())
+
+
+async def _answered(qemu: asyncio.subprocess.Process, questions: bytes) -> tuple[bytes, bytes]:
+    """What QEMU says until it ends by itself.
+
+    Its input stays open until then: at the end of it QEMU drops what it has not answered yet
+    (monitor/qmp.c, `monitor_qmp_cleanup_queues`).
+    """
+    assert qemu.stdin
+    assert qemu.stdout
+    assert qemu.stderr
+    with contextlib.suppress(ConnectionError):  # it is no QEMU, and has ended
+        qemu.stdin.write(questions)
+        await qemu.stdin.drain()
+    output, said = await asyncio.gather(qemu.stdout.read(), qemu.stderr.read())
+    return output, said
 
 
 def _read(program: str, output: bytes, said: str) -> QemuSight:
