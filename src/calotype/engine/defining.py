@@ -33,8 +33,8 @@ class Claim(NamedTuple):
     remedy: str = _GIVE_EACH_ITS_OWN
 
 
-def define_new(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> bool:
-    """Define the VM *name* if there is none; whether there was none.
+def define_new(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> VmRecord | None:
+    """Define the VM *name* if there is none; its record, or None where there is one already.
 
     Raises:
         CommandLineError: The command line holds something that cannot be stood for.
@@ -46,7 +46,7 @@ def define_new(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> bool
     command = CommandLine.parse(argv)
     with store.naming():
         if store.index.vm_named(name) is not None:
-            return False
+            return None
         record = VmRecord(
             id=secrets.token_hex(names.ID_LENGTH // 2),
             name=name,
@@ -57,7 +57,7 @@ def define_new(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> bool
         )
         store.make_vm_folder(record.id)
         store.save(record)
-    return True
+    return record
 
 
 def define_again(store: Store, record: VmRecord, argv: tuple[str, ...], cwd: str) -> VmRecord:

@@ -1,5 +1,6 @@
 """From a command line to a QEMU that runs, and to its end: run, start, stop, forget."""
 
+import contextlib
 import secrets
 import shlex
 from pathlib import Path
@@ -29,17 +30,24 @@ async def run(store: Store, name: str, argv: tuple[str, ...], cwd: str) -> VmRec
         HostError: An image is missing.
         QemuError: QEMU did not start.
     """
-    is_new = defining.define_new(store, name, argv, cwd)
+    new = defining.define_new(store, name, argv, cwd)
     try:
         async with changing(store, name, "run", whole=False) as record:
             _must_not_run(store, record)
             again = defining.define_again(store, record, argv, cwd)
             await _start(store, again, Define(again, record))
     except BaseException:
-        if is_new and launch.is_running(store, store.find(name)) is None:  # or another started it
-            store.drop(store.find(name))
+        if new is not None:
+            _drop(store, new)
         raise
     return store.find(name)
+
+
+def _drop(store: Store, new: VmRecord) -> None:
+    """Remove what could not be started the first time, unless somebody else has taken it up."""
+    with contextlib.suppress(ConflictError), store.locked(new, "run"):
+        if store.record(new.id) == new and launch.is_running(store, new) is None:
+            store.drop(new)
 
 
 async def start(store: Store, name: str) -> VmRecord:

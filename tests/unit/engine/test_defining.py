@@ -7,7 +7,7 @@ import pytest
 from builders import make_disk_record, make_manifest, make_part, make_record
 from calotype.engine.defining import define_new
 from calotype.errors import ConflictError
-from calotype.model.vm import Image, ImageFacts
+from calotype.model.vm import Image, ImageFacts, VmRecord
 from calotype.store import images
 from calotype.store.store import Store
 
@@ -31,7 +31,7 @@ class Forgotten:
         self.store.commit(manifest)
         self.manifest = self.store.forget(record) / f"snapshots/{manifest.id}/manifest.json"
 
-    def define(self, image: Path) -> bool:
+    def define(self, image: Path) -> VmRecord | None:
         argv = ("qemu-system-x86_64", "-drive", f"file={image},format=raw")
         return define_new(self.store, "other", argv, "/")
 
