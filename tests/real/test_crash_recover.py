@@ -200,11 +200,14 @@ def test_a_line_before_the_monitor_that_does_not_move_is_not_waited_for(subject:
     qemu = subject.pid()
     assert qemu is not None
     os.kill(qemu, signal.SIGSTOP)
-    for _ in range(3):  # each leaves one more waiting in QEMU's line
-        with pytest.raises(CommandFailed, match="gave no greeting"):
-            subject.calotype("take", "small", "--plan")
-        with pytest.raises(CommandFailed, match="gave no greeting"):
-            subject.calotype("take", "small")
+    with contextlib.ExitStack() as line:
+        for name in ("query.sock", "control.sock") * LINE:
+            line.enter_context(open_socket(subject.home / name))
+        with pytest.raises(BlockingIOError):  # who waits for a place would wait for ever
+            open_socket(subject.home / "query.sock")
+        for words in (("take", "small", "--plan"), ("take", "small")):
+            with pytest.raises(CommandFailed, match="gave no greeting"):
+                subject.calotype(*words)
         assert subject.run_state() == "busy"
     subject.stop()
     assert subject.run_state() == "off"
@@ -226,6 +229,9 @@ def test_a_qemu_that_dies_in_an_internal_snapshot_leaves_a_sound_image(subject: 
     subject.check_image(subject.folder / DISKS[1])
     assert subject.reads(OLD, 1)
 
+
+LINE = 2
+"""How many may wait at a monitor: QEMU listens with a backlog of 1 (listen(2), one more fits)."""
 
 SNAPSHOT_COUNT_AT = 60
 """Where a qcow2's header has the number of its internal snapshots (docs/interop/qcow2.rst)."""

@@ -35,6 +35,9 @@ CREATE INDEX by_vm ON snapshots (vm_id, instant);
 """
 
 
+_PATIENCE_S = 4.0
+"""How long another may hold it: its transactions take milliseconds."""
+
 _DAMAGE = frozenset({
     sqlite3.SQLITE_ERROR,  # no such table, no such column: none of ours
     sqlite3.SQLITE_CORRUPT,
@@ -161,7 +164,7 @@ class Index:
             if self._memory is not None:
                 yield self._memory
                 return
-            database = sqlite3.connect(self._path, timeout=10, isolation_level=None)
+            database = sqlite3.connect(self._path, timeout=_PATIENCE_S, isolation_level=None)
             try:
                 with database:
                     yield database
