@@ -21,7 +21,15 @@ from calotype.plan.steps import AwaitSave, Step
 from calotype.plan.window import State
 from calotype.qemu import passing
 from calotype.testing.machine import CommandFailed
-from witnessing import Boot, assert_caught, assert_consistent, broken_take, restore
+from calotype.testing.witness_vm import WitnessVm
+from witnessing import (
+    Boot,
+    assert_caught,
+    assert_consistent,
+    assert_sound,
+    broken_take,
+    restore,
+)
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(240)]
 
@@ -138,6 +146,30 @@ def test_what_a_restore_leaves_behind_can_be_gone_back_to(boot: Boot) -> None:
     assert vm.calotype(*undo[-1][1:])["run_state"] == "off"
     assert vm.pid() is None
     assert vm.newest("one.raw") == newest
+
+
+def test_a_guest_that_runs_goes_over_to_a_snapshot_and_back_to_what_it_left(boot: Boot) -> None:
+    vm = boot()
+    taken = vm.calotype("take", vm.name, "--tag", "one", "--disk", "virtio0=internal")
+    assert taken["parts"] == {"virtio0": "internal", "virtio1": "external"}
+    left = vm.await_rounds(100, vm.console_size())
+
+    there = vm.calotype("restore", vm.name, "--tag", "one", "--keep-current")
+    assert goes_on(vm) < left.n
+    assert there["pause_ms"] > 0
+
+    back = vm.calotype("restore", vm.name, "--id", there["left_behind"])
+    assert goes_on(vm) > left.n
+    assert back["pause_ms"] > 0
+    assert_sound(vm)
+
+
+def goes_on(vm: WitnessVm) -> int:
+    """Let the guest testify from now on; the round that it is in."""
+    mark = vm.console_size()
+    first = vm.await_rounds(1, mark)
+    assert_consistent(vm.testimony(mark))
+    return first.n
 
 
 # --- twins ---------------------------------------------------------------------------------------
