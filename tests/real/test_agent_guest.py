@@ -4,6 +4,7 @@ What a snapshot is worth is read from the superblock in the image; what time it 
 from what the guest says itself.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -128,6 +129,37 @@ def test_the_clock_is_behind_by_as_much_as_is_said_until_it_is_set(boot: Boot) -
     right = vm.calotype("restore", vm.name, "--id", snapshot, "--sync-time")
     assert (right["is_clock_set"], right["warnings"]) == (True, [])
     assert right["clock_behind_s"] > behind["clock_behind_s"]
+    assert behind_s(vm) == pytest.approx(0, abs=2)
+
+
+def test_a_session_with_an_agent(boot: Boot) -> None:
+    vm = boot()
+
+    quiesce = " ".join(QUIESCE)
+
+    def typed(line: str) -> str:
+        done = subprocess.run(
+            [Path(sys.executable).parent / "calotype", *line.split()],
+            env={**os.environ, "CALOTYPE_STORE": str(vm.store)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stderr == ""
+        return done.stdout
+
+    assert "FreezeFileSystems, PassInstant, ThawFileSystems" in typed(
+        f"take {vm.name} {quiesce} --plan"
+    )
+    assert "the guest was not stopped" in typed(f"take {vm.name} {quiesce} --tag quiet")
+    typed(f"take {vm.name} --tag whole")
+    told = typed(f"list {vm.name}").splitlines()
+    assert any("'quiet'" in line and "filesystem-consistent" in line for line in told)
+    assert any("'whole'" in line and "machine-consistent" in line for line in told)
+    back = typed(f"restore {vm.name} --tag whole --sync-time")
+    assert "behind, and was set\n" in back
+    assert "nobody ran for" in back
     assert behind_s(vm) == pytest.approx(0, abs=2)
 
 
