@@ -13,9 +13,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 
 from calotype.errors import CalotypeError
-from calotype.testing.machine import wait
+from calotype.model.names import merge_job
+from calotype.store.store import Store
+from calotype.testing.machine import CommandFailed, wait
 from calotype.testing.whole import picture
 from crashing import (
     NEW,
@@ -117,6 +120,34 @@ def test_what_the_guest_wrote_is_there_whatever_else_dies(
     assert whole(subject, before, done(name), may_be_off=is_killed) == STAYS[name]
     assert_data(subject, name, STAYS[name], wrote_on=True)
     assert_held(subject, name, holding)
+
+
+def test_a_merge_that_fails_when_all_was_recorded_leaves_the_record_with_the_guest(
+    subject: Subject, done: Done
+) -> None:
+    OPERATIONS["take"].prepare(subject)
+    before = picture(subject)
+    begin(subject, "take")
+    subject.write(NEW, 2)
+    store = Store(subject.store)
+    record = store.record(subject.home.name)
+    overlaid = [disk for disk in record.disks if disk.active != disk.origin]
+    assert overlaid
+    for disk in overlaid:  # as its owner has recorded it, who died before QEMU had failed
+        snapshot = disk.active.path.split(".")[-2]
+        target = {"driver": "file", "filename": "/nosuch/folder/image", "size": 512}
+        subject.qmp("blockdev-create", job_id=merge_job(snapshot, disk.index), options=target)
+    disks = tuple(replace(disk, active=disk.origin) for disk in record.disks)
+    store.save(replace(record, disks=disks))
+    assert not subject.reads(NEW, 2)
+    with pytest.raises(CommandFailed, match="QEMU cannot merge"):
+        subject.calotype("recover", "small")
+    subject.write(NEW, 3)
+    assert subject.reads(NEW, 3), "the record does not name the newest content"
+    subject.calotype("recover", "small")
+    assert whole(subject, before, done("take")) == "before"
+    assert subject.reads(NEW, 2)
+    assert subject.reads(NEW, 3)
 
 
 @pytest.mark.parametrize("name", STAYS)

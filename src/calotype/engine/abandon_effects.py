@@ -12,6 +12,7 @@ from calotype.engine.agent_effects import thaw
 from calotype.engine.disk_effects import delete_inside
 from calotype.engine.switching import record_newest, switch
 from calotype.engine.world import Effect, Effects, World
+from calotype.errors import QemuError
 from calotype.model.vm import Image
 from calotype.plan.abandon import OverlaySight, Qemu, plan_abandon
 from calotype.plan.steps import (
@@ -103,7 +104,13 @@ async def _merge_back(world: World, step: MergeBack) -> None:
         await asyncio.to_thread(_thaw, step)
         if not is_begun:
             await live_merge.begin(monitor, step.job, overlay, step.base)
-        if await live_merge.reached(monitor, step.job, "ready", image_tool.unheard) == "ready":
+        try:
+            reached = await live_merge.reached(monitor, step.job, "ready", image_tool.unheard)
+        except QemuError:  # it failed, perhaps when it was to go over: the record may be ahead
+            if (await live_merge.look(monitor)).chain(step.overlay):
+                record_newest(world, overlay, {overlay, step.base})
+            raise
+        if reached == "ready":
             await switch(world, monitor, step.job, overlay, step.base)
         record_newest(world, step.base, {overlay, step.base})
         await live_merge.end(monitor, step.job, overlay, image_tool.unheard)
