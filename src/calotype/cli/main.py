@@ -104,7 +104,9 @@ def _as_ours(error: BaseException) -> CalotypeError:
         case click.exceptions.Abort() | KeyboardInterrupt():
             return InterruptError(STOPPED.problem, STOPPED.remedy)
         case click.ClickException():
-            return RequestError(error.format_message(), "see `calotype --help`")
+            context = error.ctx if isinstance(error, click.UsageError) else None
+            path = context.command_path if context else "calotype"
+            return RequestError(error.format_message(), f"see `{path} --help`")
         case OSError(errno=int()):
             from calotype.store.files import host_error  # noqa: PLC0415
 

@@ -125,9 +125,9 @@ def command(
 def _refuse_contradiction(machine_state: str, method: str) -> None:
     from calotype.errors import RequestError  # noqa: PLC0415
 
-    if machine_state == "none" and method == "paused":
+    if machine_state == "none" and method != "auto":
         raise RequestError(
-            "--method paused says how the machine state is saved, and --machine-state none says"
+            f"--method {method} says how the machine state is saved, and --machine-state none says"
             " that it is not",
             "leave one of them out",
         )

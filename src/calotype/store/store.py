@@ -212,7 +212,8 @@ class Store:
             except BlockingIOError as error:
                 pid, _, words = lock.read().strip().partition(" ")
                 raise ConflictError(
-                    f"process {pid or 'unknown'} is changing the VM {record.name!r}: {words}",
+                    f"process {pid or 'unknown'} is changing the VM {record.name!r}:"
+                    f" {words.partition(' (')[0]}",
                     "wait until it is done",
                     holder=pid,
                 ) from error

@@ -394,6 +394,18 @@ def test_a_disk_that_is_not_understood_is_refused_before_anything_is_looked_at(
     assert said.err.startswith(f"calotype: {problem}\n")
 
 
+@pytest.mark.parametrize("method", ["live", "paused"])
+def test_a_way_to_save_what_is_not_saved_is_refused(calotype: Calotype, method: str) -> None:
+    said = calotype("take", "web", "--machine-state", "none", "--method", method)
+    assert said.code == 2
+    assert f"--method {method} says how the machine state is saved" in said.err
+
+
+def test_who_types_a_command_wrongly_is_sent_to_its_own_help(calotype: Calotype) -> None:
+    assert "see `calotype take --help`" in calotype("take", "web", "--nosuch").err
+    assert "see `calotype --help`" in calotype("tkae", "web").err
+
+
 def asked(
     monkeypatch: pytest.MonkeyPatch, calotype: Calotype, *words: str
 ) -> tuple[TakeRequest, Mapping[str, Any]]:

@@ -622,7 +622,8 @@ def test_a_second_holder_is_refused_and_told_who_is_first_until_that_one_dies(
         finally:
             holder.send_signal(signal.SIGKILL)
     assert caught.value.data == {"holder": str(holder.pid)}
-    assert f"process {holder.pid} is changing the VM 'web'" in caught.value.problem
+    assert caught.value.problem.startswith(f"process {holder.pid} is changing the VM 'web': ")
+    assert "start time" not in caught.value.problem
     with store.locked(record, "take"):
         pass
 
