@@ -1,6 +1,7 @@
 """The tree keeps its own rules: sizes, names, docstrings, tables that belong together."""
 
 import ast
+import functools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -130,17 +131,19 @@ NO_REMEDY_NEEDED = {
 """Modules whose errors may say only what is wrong, and why."""
 
 
-def kinds_of_errors() -> set[str]:
+@functools.cache
+def kinds_of_errors() -> frozenset[str]:
     """The names of all classes of errors of ours, wherever they are defined."""
-    known = {CalotypeError.__name__}
     trees = [ast.parse(path.read_text()) for path in SOURCES]
     classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    for _ in classes:
-        known |= {each.name for each in classes if {ast.unparse(b) for b in each.bases} & known}
-    return known
+    bases = {each.name: {ast.unparse(base) for base in each.bases} for each in classes}
+    known = {CalotypeError.__name__}
+    while more := {name for name, above in bases.items() if above & known} - known:
+        known |= more
+    return frozenset(known)
 
 
-def without_remedy(path: Path, kinds: set[str]) -> Iterator[int]:
+def without_remedy(path: Path, kinds: frozenset[str]) -> Iterator[int]:
     """The lines on which an error of ours is made without a word on what to do."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not (isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in kinds):
