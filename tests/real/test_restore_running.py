@@ -65,7 +65,7 @@ class Server(Subject):
         """Whether all of that is so by now."""
         try:
             self.assert_answers()
-        except (AssertionError, CalotypeError, OSError):
+        except (AssertionError, CalotypeError, OSError, ValueError):  # a pid is just written
             return False
         return True
 
@@ -271,6 +271,21 @@ def test_the_guard_hands_back_though_nobody_runs_a_command(
     assert_as_before(server, before)
 
 
+def test_what_comes_too_late_is_not_recorded_though_the_guest_is_not_to_run(
+    server: Server,
+) -> None:
+    moved_on(server)
+    before = picture(server)
+    words = ("restore", server.name, "--id", server.snapshot, "--run-state", "paused")
+    command = server.struck(PLACES[-1], "stop-self", words)
+    wait(lambda: is_stopped(command.pid), "the deed")
+    wait(server.answers, "the guard")
+    os.kill(command.pid, signal.SIGCONT)
+    command.communicate(timeout=60)
+    assert command.returncode == 7
+    assert_as_before(server, before)
+
+
 @pytest.mark.parametrize("deed", ["kill-self", "stop-self"])
 def test_the_guard_lets_the_new_guest_run_once_it_is_recorded(server: Server, deed: str) -> None:
     moved_on(server)
@@ -390,6 +405,54 @@ def test_a_restore_that_fails_brings_the_vm_back_that_was_stopped_first(single: 
         single.calotype("restore", single.name, "--id", snapshot, "--stop-first")
     assert single.run_state() == "running"
     assert single.reads(NEW, 1)
+
+
+@pytest.mark.parametrize("moment", ["done:0", "sent:migrate", "sent:transaction", "done:12"])
+def test_a_guest_that_was_stopped_first_runs_again_though_nobody_runs_a_command(
+    single: Subject, moment: str
+) -> None:
+    snapshot = single.take()
+    single.write(NEW, 1)
+    words = ("restore", single.name, "--id", snapshot, "--stop-first")
+    single.killed_at(moment, words)
+    wait(lambda: bool(single.qmp("query-status")["running"]), "the guard")
+    single.calotype("recover", single.name)
+    assert single.run_state() == "running"
+    single.write(NEW, 2)
+    assert single.reads(NEW, 1)
+    assert single.reads(NEW, 2)
+
+
+def test_what_is_in_the_way_of_the_restore_is_told_before_the_vm_is_stopped(
+    single: Subject,
+) -> None:
+    snapshot = single.take()
+    before, pid = picture(single), single.pid()
+    words = ("restore", single.name, "--id", snapshot, "--stop-first")
+    with pytest.raises(CommandFailed, match="no port for a guest agent") as refused:
+        single.calotype(*words, "--sync-time")
+    assert refused.value.data["exit_code"] == 4
+    assert (picture(single), single.pid()) == (before, pid)
+    told = single.calotype(*words, "--plan")
+    assert told["blockers"] == []
+    assert "HandOver" not in told["steps"]
+    assert (picture(single), single.pid()) == (before, pid)
+
+
+def test_a_vm_without_disks_is_gone_back_to_when_it_was_stopped_first(folder: Path) -> None:
+    vm = Subject(folder, disks=())
+    vm.make_disks()
+    vm.run()
+    snapshot = vm.take()
+    pid = vm.pid()
+    with pytest.raises(CommandFailed, match="no disk of it gets another image") as refused:
+        vm.calotype("restore", vm.name, "--id", snapshot)
+    assert "--stop-first" in str(refused.value)
+    assert (vm.pid(), vm.run_state()) == (pid, "running")
+    vm.calotype("restore", vm.name, "--id", snapshot, "--stop-first")
+    assert vm.run_state() == "running"
+    assert vm.pid() != pid
+    vm.clean_up()
 
 
 def test_disks_alone_are_booted_and_those_left_behind_by_a_restore_do_not_turn_a_vm_off(

@@ -60,6 +60,8 @@ Told = Callable[[bytes], bytes]
 
 def _copy(path: Path, goes_on: Callable[[], bool], told: Told | None) -> None:
     """Copy a log to standard output, and what is added to it while *goes_on*."""
+    if sys.stdout is None:  # it is closed: nobody reads
+        return
     with path.open("rb") as log:
         while goes_on():
             _copy_rest(log, told, is_end=False)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -70,10 +71,19 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.pass_context
     def wrapped(context: click.Context, /, store: str | None, as_json: bool, **rest: Any) -> Any:
         named = store or (context.obj or {}).get("store")
-        return command(Settings(located(named), as_json, named is not None), **rest)
+        try:
+            return command(Settings(located(named), as_json, named is not None), **rest)
+        except CalotypeError as error:
+            error.remedy = _filled_in(error.remedy, rest.get("name"))
+            raise
 
     wrapped.__doc__ = command.__doc__
     return wrapped
+
+
+def _filled_in(remedy: str, name: str | None) -> str:
+    """A remedy for the VM that was named: who gave it may not know which it was."""
+    return remedy if name is None else re.sub(r"\bNAME\b", lambda _: shlex.quote(name), remedy)
 
 
 def vm_name(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,9 +11,11 @@ from calotype.cli.output import (
     Settings,
     common,
     duration,
+    error_members,
     run_async,
     say,
     snapshot_choice,
+    tell_error,
     vm_name,
 )
 
@@ -88,13 +90,15 @@ def command(
     from calotype.plan.restore_plan import RestoreRequest  # noqa: PLC0415
     from calotype.store.store import Store  # noqa: PLC0415
 
+    _refuse_contradiction(discard_current, keep_current, stop_first)
     store = Store(settings.store_path, make=False)
     entry = select(store, store.find(name), id_prefix=id_prefix, tag=tag, latest=latest)
     request = RestoreRequest(run_state, discard_current, accept_touched, keep_current, sync_time)
     if plan_only:
-        _say_plan(
-            settings, name, run_async(operations.restore_plan_only(store, name, entry.id, request))
+        planned = operations.restore_plan_only(
+            store, name, entry.id, request, stop_first=stop_first
         )
+        _say_plan(settings, name, run_async(planned))
         return
     way_back = None
     if stop_first:
@@ -103,6 +107,21 @@ def command(
     else:
         restored = run_async(operations.restore(store, name, entry.id, request), UNDONE)
     _say_restored(settings, name, restored, way_back, quiet=quiet, keeps_state=keep_current)
+
+
+def _refuse_contradiction(discards: bool, keeps: bool, stops_first: bool) -> None:
+    from calotype.errors import RequestError  # noqa: PLC0415
+
+    if discards and keeps:
+        raise RequestError(
+            "--keep-current and --discard-current exclude each other", "give one of the two"
+        )
+    if discards and stops_first:
+        raise RequestError(
+            "--stop-first saves the VM as the way back, and --discard-current says that there is"
+            " to be none",
+            "leave one of them out; what was saved can be deleted afterwards",
+        )
 
 
 def _say_restored(
@@ -148,6 +167,9 @@ def _say_restored(
 
 
 def _say_plan(settings: Settings, name: str, plan: "RestorePlan") -> None:
+    """Print a plan; one that cannot be carried out is printed whole too, and then fails."""
+    from calotype.engine.operations import in_the_way as refusal  # noqa: PLC0415
+
     in_the_way = [mismatch.text for mismatch in plan.mismatches]
     blockers = [f"{blocker.problem}: {blocker.remedy}" for blocker in plan.blockers]
     lines = [f"{name} would be {plan.run_state} afterwards"]
@@ -166,7 +188,11 @@ def _say_plan(settings: Settings, name: str, plan: "RestorePlan") -> None:
         "blockers": [[blocker.problem, blocker.remedy] for blocker in plan.blockers],
         "steps": [type(step).__name__ for step in plan.steps],
     }
-    say(settings, told, lines)
+    error = refusal(name, plan)
+    say(settings, told | ({"error": error_members(error)} if error else {}), lines)
+    if error:
+        tell_error(error)
+        raise click.exceptions.Exit(error.exit_code)
 
 
 def _clock_lines(restored: "Restored") -> Iterator[str]:

@@ -51,7 +51,10 @@ def _say_vm(settings: Settings, store: "Store", record: "VmRecord") -> None:
     from calotype.engine import launch  # noqa: PLC0415
     from calotype.formats.secrets import redacted  # noqa: PLC0415
 
-    record = msgspec.structs.replace(record, argv=redacted(record.argv))
+    adopted = record.adopted
+    if adopted is not None:
+        adopted = msgspec.structs.replace(adopted, argv=redacted(adopted.argv))
+    record = msgspec.structs.replace(record, argv=redacted(record.argv), adopted=adopted)
     frozen = [disk.origin.path for disk in record.disks if disk.active != disk.origin]
     told = {
         "vm": msgspec.to_builtins(record),

@@ -21,7 +21,6 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from calotype.engine import defining, launch
-from calotype.engine.execute import shielded
 from calotype.engine.recover import recover
 from calotype.errors import CalotypeError, ConflictError
 from calotype.formats import argv as command_line
@@ -31,7 +30,8 @@ from calotype.model.vm import Adopted, DiskRecord, Image, Limit, Process, Topolo
 from calotype.plan.adopt import Stranger, limits, refusal
 from calotype.plan.take import plan_take
 from calotype.plan.take_plan import Blocker, TakeRequest
-from calotype.qemu import live_merge, observe, strangers
+from calotype.qemu import live_merge, observe, process, strangers
+from calotype.qemu.cancelling import shielded
 from calotype.qemu.live_merge import Node
 from calotype.qemu.monitor import Monitor, connect
 from calotype.store.store import Store
@@ -157,7 +157,7 @@ def _disks(
                 path=path,
             )
         for node in chain:
-            _require_open(node, opened)
+            process.require_open(node.path, opened)
         at_top, origin = chain[0], next(node for node in chain if node.path == path)
         yield DiskRecord(disk.index, disk.name, _image(origin), _image(at_top))
 
@@ -175,18 +175,6 @@ def _image(node: Node) -> Image:
         "Calotype freezes raw and qcow2 images: take that node out of the disk's chain",
         path=node.path,
     )
-
-
-def _require_open(node: Node, opened: frozenset[tuple[int, int]]) -> None:
-    """Refuse a path that leads to another file than the one that QEMU has open."""
-    path = Path(node.path)
-    status = path.stat() if path.exists() else None
-    if status is None or (status.st_dev, status.st_ino) not in opened:
-        raise ConflictError(
-            f"{path} is not the file that QEMU has open: it was moved, replaced or removed",
-            "put the file that it was started with back, or start QEMU anew",
-            path=node.path,
-        )
 
 
 async def _as_started(monitor: Monitor, command: CommandLine) -> Topology:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import cast
 
 from calotype.engine.effects import EFFECTS
-from calotype.engine.execute import execute, seen_through
+from calotype.engine.execute import execute
 from calotype.engine.progress import Progress, silent
 from calotype.engine.recover import recover
 from calotype.engine.world import World
@@ -21,6 +21,7 @@ from calotype.model.vm import VmRecord
 from calotype.plan.recovery import OperationKind, point_of_no_return
 from calotype.plan.steps import AnyStep, CreateOverlay, ExtractInside, Step
 from calotype.qemu import process
+from calotype.qemu.cancelling import seen_through
 from calotype.store import journal as journals
 from calotype.store.journal import Began, Journal
 from calotype.store.store import Store

@@ -8,15 +8,14 @@ tries again. Undoing is shielded from cancellation: the user's Ctrl-C ends the w
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 from calotype.engine.world import Effects
 from calotype.errors import HostError
 from calotype.plan.recovery import unfinished_words
 from calotype.plan.steps import Step
-
-Result = TypeVar("Result")
+from calotype.qemu.cancelling import shielded
 
 
 class HasPhases(Protocol):
@@ -141,29 +140,3 @@ async def _timed(step: Step, effects: Effects, world: HasPhases) -> float:
     name = type(step).__name__
     world.phases_ms[name] = round(world.phases_ms.get(name, 0.0) + spent_ms, 3)
     return round(spent_ms, 3)
-
-
-async def seen_through(work: Awaitable[Result]) -> Result:
-    """Do *work* to its end, however often we are cancelled meanwhile, and be cancelled then."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    result = task.result()
-    if cancelled is not None:
-        raise cancelled
-    return result
-
-
-async def shielded(work: Awaitable[Result]) -> Result:
-    """Undo to the end, however often we are cancelled meanwhile; what it was for is raised then."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            continue
-    return task.result()

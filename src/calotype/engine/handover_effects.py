@@ -20,14 +20,14 @@ import msgspec
 
 from calotype.engine import launch
 from calotype.engine.disk_effects import record_disks
-from calotype.engine.execute import seen_through
 from calotype.engine.world import Effect, Effects, World
-from calotype.errors import HostError, QemuError
+from calotype.errors import QemuError
 from calotype.model import names
 from calotype.model.acts import PREVIOUS, Act, Drop, Keep, Move, Side, Tell, WritePid
 from calotype.model.vm import Process
 from calotype.plan.steps import EndOld, HandOver, SaveLeftBehind
 from calotype.qemu import migration, monitor, process
+from calotype.qemu.cancelling import seen_through
 from calotype.qemu.guarding import Handover
 from calotype.qemu.monitor import LAST_WORDS, Monitor
 from calotype.store import files, images
@@ -90,22 +90,35 @@ async def _go_over(
     pids: Mapping[Side, int],
     new: Process,
 ) -> None:
-    """The pause: stop the old guest, hand over, record, let the new one run."""
+    """The pause: stop the old guest, hand over, record, let the new one run.
+
+    Nothing is recorded late, nor believed that was: the guard may have handed back by then.
+    """
+    until = asyncio.get_running_loop().time() + OWN_LIMIT_S
     try:
         async with asyncio.timeout(OWN_LIMIT_S):
             await monitors["old"].execute("stop")
             for act in step.forth:
                 await asyncio.sleep(0)  # one that was stopped too long does nothing more
                 await perform(act, monitors, pids)
+            _require_in_time(until)
             world.store.save_process(world.record.id, new)
             record_disks(world, step.active, step.parent)
+            _require_in_time(until)
             if step.let_run:
                 await let_run(monitors["new"])
                 world.let_run_at = datetime.now(UTC)
+            else:
+                await monitors["new"].execute("query-status")
     except TimeoutError as error:
         raise QemuError(
             f"the VM could not go over within {OWN_LIMIT_S:g} s", "try again, or give --stop-first"
         ) from error
+
+
+def _require_in_time(until: float) -> None:
+    if asyncio.get_running_loop().time() > until:
+        raise TimeoutError
 
 
 async def perform(act: Act, monitors: Mapping[Side, Monitor], pids: Mapping[Side, int]) -> None:
@@ -171,10 +184,9 @@ async def _hand_back(world: World, step: HandOver) -> None:
     """End the new QEMU, give the old one back what it had, and let its guest run."""
     old, new = world.began_with, launch.successor(world.record, world.began_with)
     if new is not None:
-        process.kill(new)
-        await process.ended(new, 10.0)
+        await process.end(new)
     for act in step.back:
-        if not isinstance(act, Tell):
+        if not isinstance(act, Tell) and not (isinstance(act, WritePid) and old is None):
             await perform(act, {}, {"old": old.pid if old else 0})
     if old is not None:
         world.store.save_process(world.record.id, old)
@@ -218,11 +230,7 @@ async def _save_left_behind(world: World, step: SaveLeftBehind) -> None:
 
 async def _end_old(world: World, step: EndOld) -> None:
     if world.began_with is not None:
-        process.kill(world.began_with)
-        if not await process.ended(world.began_with, 10.0):
-            raise HostError(
-                f"process {world.began_with.pid} does not end", "`calotype recover` tries again"
-            )
+        await process.end(world.began_with)
     for name in step.names:
         Path(name).unlink(missing_ok=True)
 

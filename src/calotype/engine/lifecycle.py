@@ -128,9 +128,17 @@ async def end(store: Store, record: VmRecord, qemu: Process) -> None:
             process.terminate(qemu)
         else:
             process.kill(qemu)
+    await finish(qemu)
+
+
+async def finish(qemu: Process) -> None:
+    """Wait until a QEMU that was told to has ended; end one that does not.
+
+    Raises:
+        HostError: It does not end.
+    """
     if not await process.ended(qemu, 30.0):
-        process.kill(qemu)
-        await process.ended(qemu, 10.0)
+        await process.end(qemu)
 
 
 async def forget(store: Store, name: str) -> tuple[VmRecord, Path, list[Manifest]]:

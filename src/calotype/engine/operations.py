@@ -20,8 +20,7 @@ from msgspec.structs import replace
 
 from calotype.engine import agents, finding, launch
 from calotype.engine.changing import carry_out, changing
-from calotype.engine.execute import seen_through, shielded
-from calotype.engine.lifecycle import end, must_run
+from calotype.engine.lifecycle import finish, must_run
 from calotype.engine.progress import Progress, silent
 from calotype.engine.recover import Recovered
 from calotype.engine.recover import recover as recover_vm
@@ -31,6 +30,7 @@ from calotype.errors import (
     BlockedError,
     CalotypeError,
     MismatchError,
+    QemuError,
 )
 from calotype.formats import argv as command_line
 from calotype.formats.argv import CommandLine
@@ -42,6 +42,7 @@ from calotype.plan.restore_plan import Definition, RestorePlan, RestoreRequest
 from calotype.plan.take import plan_take
 from calotype.plan.take_plan import TakePlan, TakeRequest, as_error
 from calotype.qemu import observe
+from calotype.qemu.cancelling import seen_through, shielded
 from calotype.qemu.monitor import Monitor
 from calotype.store.store import Store
 
@@ -133,13 +134,13 @@ class Restored(NamedTuple):
 
 
 async def restore_plan_only(
-    store: Store, name: str, snapshot: str, request: RestoreRequest
+    store: Store, name: str, snapshot: str, request: RestoreRequest, *, stop_first: bool = False
 ) -> RestorePlan:
-    """Say what `restore` would do; nothing is changed."""
+    """Say what `restore` would do, or what it would when the VM is stopped; nothing is changed."""
     record = store.find(name)
     async with contextlib.AsyncExitStack() as stack:
         monitor = None
-        if launch.is_running(store, record):
+        if launch.is_running(store, record) and not stop_first:
             monitor = await stack.enter_async_context(launch.looking(store, record))
         return await _plan_restore(store, record, monitor, snapshot, request)
 
@@ -185,10 +186,8 @@ async def _restore(
             monitor = await stack.enter_async_context(launch.controlling(store, record))
         plan = await _plan_restore(store, record, monitor, snapshot, request)
     manifest = store.manifest(record.id, snapshot)
-    if plan.mismatches:
-        raise _mismatched(manifest, plan)
-    if plan.blockers:
-        raise _blocked(record, plan)
+    if error := in_the_way(record.name, plan):
+        raise error
     restoring = Restoring(store, record, manifest, plan, progress, old)
     await carry_out(restoring, "restore", plan.left_behind, manifest.id, plan.steps)
     phases = restoring.phases_ms
@@ -231,11 +230,18 @@ async def _plan_restore(
     return plan_restore(manifest, record, found, request, left_behind, running)
 
 
-def _blocked(record: VmRecord, plan: RestorePlan) -> BlockedError:
+def in_the_way(name: str, plan: RestorePlan) -> CalotypeError | None:
+    """Why a restore of the VM *name* is refused; None where it is not."""
+    if plan.mismatches:
+        return _mismatched(name, plan)
+    return _blocked(name, plan) if plan.blockers else None
+
+
+def _blocked(name: str, plan: RestorePlan) -> BlockedError:
     first, more = plan.blockers[0], len(plan.blockers) - 1
     also = f" (and {more} more: see --plan)" if more else ""
     return BlockedError(
-        f"{record.name!r} cannot go to {plan.snapshot}: {first.problem}{also}",
+        f"{name!r} cannot go to {plan.snapshot}: {first.problem}{also}",
         first.remedy,
         blockers=[[blocker.problem, blocker.remedy] for blocker in plan.blockers],
     )
@@ -263,8 +269,8 @@ async def restore_stopping_first(
         qemu = must_run(store, record)
         launch.refuse_limited(store, record, "take")
         plan = await _plan_restore(store, record, None, snapshot, request)
-        if plan.mismatches:
-            raise _mismatched(store.manifest(record.id, snapshot), plan)
+        if error := in_the_way(record.name, plan):
+            raise error
         way_back, was_running = await _save_and_end(store, record, qemu, snapshot, progress)
         ended = store.record(record.id)
         discarding = replace(request, discard_current=True)  # nothing was written since
@@ -275,7 +281,7 @@ async def restore_stopping_first(
             back = _restore(store, store.record(record.id), way_back.id, asked, progress)
             try:
                 await shielded(back)
-            except CalotypeError as failure:
+            except Exception as failure:  # noqa: BLE001 - the first error is the error
                 error.add_note(f"the way back failed too: {failure}")
                 again = f"calotype restore {shlex.quote(name)} --id {way_back.id}"
                 error.add_note(f"`{again}` tries it again")
@@ -286,24 +292,39 @@ async def restore_stopping_first(
 async def _save_and_end(
     store: Store, record: VmRecord, qemu: Process, snapshot: str, progress: Progress
 ) -> tuple[Manifest, bool]:
-    """Save a VM that runs as the way back, and end it; also say whether its guest ran."""
-    async with launch.controlling(store, record) as monitor:
+    """Save a VM that runs as the way back, and end it; also say whether its guest ran.
+
+    It stands still from before the save until it has ended. A guard stands by for all of that time:
+    if we die, or anything fails, the guest runs again.
+    """
+    async with launch.controlling(store, record) as monitor, contextlib.AsyncExitStack() as stack:
         was_running = (await monitor.execute("query-status"))["running"]
-        await monitor.execute("stop")
+        guard = None
         try:
+            if was_running:
+                guard = await stack.enter_async_context(launch.guarded(store, record, monitor))
+                await guard.arm(_WAY_BACK_LIMIT_S)
+                await monitor.execute("stop")
             way_back = await _take_way_back(
                 store, record, qemu, monitor, was_running, snapshot, progress
             )
         except BaseException:
-            if was_running:
-                await shielded(monitor.execute("cont"))
+            if guard is not None:  # which does the same, but not before we have hung up
+                with contextlib.suppress(CalotypeError):
+                    await shielded(monitor.execute("cont"))
             raise
-    await end(store, record, qemu)
+        with contextlib.suppress(QemuError):  # it does not answer, or hangs up without one
+            await monitor.execute("quit")
+        await finish(qemu)
+        if guard is not None:
+            await guard.stand_down()
     return way_back, was_running
 
 
 _NO_LIMIT_MS = 1e9
 """The guest stands still already, and does until it is ended."""
+_WAY_BACK_LIMIT_S = 600.0
+"""...or for that long, while its RAM is saved: then it is let run, and all of it undone."""
 
 
 async def _take_way_back(
@@ -330,10 +351,10 @@ async def _take_way_back(
     return taking.manifest
 
 
-def _mismatched(manifest: Manifest, plan: RestorePlan) -> MismatchError:
+def _mismatched(name: str, plan: RestorePlan) -> MismatchError:
     is_touched = all(mismatch.kind == "touched" for mismatch in plan.mismatches)
     return MismatchError(
-        f"{manifest.vm_name!r} cannot be restored to {manifest.id}: "
+        f"{name!r} cannot be restored to {plan.snapshot}: "
         + "; ".join(mismatch.text for mismatch in plan.mismatches),
         "if that was you, and you wrote nothing to it, give --accept-touched"
         if is_touched

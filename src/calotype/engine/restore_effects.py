@@ -120,8 +120,7 @@ async def _end_qemu(world: World, step: StartQemu) -> None:
     runs = world.qemu
     recorded = {runs} if runs is not None and not runs.monitor and not step.beside else set()
     for qemu in {*recorded, *process.find(launch.MARK, world.record.id)} - {world.began_with}:
-        process.kill(qemu)
-        await process.ended(qemu, 10.0)
+        await process.end(qemu)
     for path in (*map(Path, step.sockets), *world.store.folder(world.record.id).glob(f"*{NEXT}")):
         path.unlink(missing_ok=True)
 

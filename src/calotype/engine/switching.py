@@ -18,11 +18,11 @@ import contextlib
 from msgspec.structs import replace
 
 from calotype.engine import launch
-from calotype.engine.execute import seen_through
 from calotype.engine.world import World
 from calotype.errors import CalotypeError, HostError, QemuError, StoreError
 from calotype.model.vm import Image
 from calotype.qemu import image_tool, live_merge
+from calotype.qemu.cancelling import seen_through
 from calotype.qemu.guarding import Switch
 from calotype.qemu.monitor import Monitor
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from msgspec import Struct
 
 from calotype.errors import CalotypeError, ConflictError, HostError, RequestError
+from calotype.formats.secrets import redacted
 from calotype.model.vm import Limit
 
 
@@ -98,7 +99,7 @@ def _of_a_manager(stranger: Stranger, monitor: str, _: int) -> CalotypeError | N
         return None
     manager, trace = found
     return ConflictError(
-        f"process {stranger.pid} belongs to {manager.name}: {trace[:100]!r}",
+        f"process {stranger.pid} belongs to {manager.name}: {redacted([trace])[0][:100]!r}",
         f"two must not move its disks from image to image: use {manager.remedy}",
         pid=stranger.pid,
         manager=manager.name,

@@ -9,6 +9,7 @@ while the first runs on, and takes its place in one pause. So the two never writ
 internal snapshot is copied out where it would otherwise be gone back to in place.
 """
 
+import shlex
 from collections.abc import Iterator
 
 from calotype.model import names
@@ -100,6 +101,11 @@ _STOP_FIRST = "give --stop-first: the VM is saved, ended, and put back if the re
 
 def _beside_blockers(go: "_Going", running: Running) -> Iterator[Blocker]:
     """Why the VM cannot be gone over from while it runs."""
+    if not go.left:
+        yield Blocker(
+            "no disk of it gets another image, so nothing would tell which of two QEMUs is the VM",
+            _STOP_FIRST,
+        )
     if running.adopted_at:
         yield Blocker(
             f"its QEMU was started by hand and adopted at {running.adopted_at}, and a second one"
@@ -109,7 +115,8 @@ def _beside_blockers(go: "_Going", running: Running) -> Iterator[Blocker]:
     if go.run_state == "off":
         yield Blocker(
             f"the snapshot {go.manifest.id} has no machine state, and the VM runs",
-            "`calotype stop NAME` first, or boot its disks with --run-state running",
+            f"`calotype stop {shlex.quote(go.record.name)}` first, or boot its disks with"
+            " --run-state running",
         )
     for argument, reason in running.unshared:
         yield Blocker(f"{argument}: {reason}", _STOP_FIRST)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self
 
 from calotype import guard
 from calotype.errors import HostError, QemuError
+from calotype.qemu.cancelling import seen_through
 from calotype.qemu.monitor import LAST_WORDS, Monitor, open_socket
 
 _POSTING_S = 10.0
@@ -130,9 +131,8 @@ class Post:
             await self._say(guard.STAND_DOWN)
         if self._listening is None:
             return True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_POSTING_S):
-                self._is_over = not await self._listening
+        done, _ = await asyncio.wait({self._listening}, timeout=_POSTING_S)
+        self._is_over = bool(done) and not self._listening.result()
         return self._is_over
 
     async def finished(self) -> None:
@@ -145,9 +145,12 @@ class Post:
         self._shared.hand_over()
         with contextlib.suppress(HostError):
             await self._say(_HELP)
-        with contextlib.suppress(TimeoutError, OSError, asyncio.CancelledError):
+        await seen_through(self._let_go(self._listening))
+
+    async def _let_go(self, listening: "asyncio.Task[bool]") -> None:
+        with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(guard.RESCUE_S + _POSTING_S):
-                await self._listening
+                await asyncio.wait({listening})
                 while await asyncio.get_running_loop().sock_recv(self._line, 64):
                     continue
 

@@ -77,12 +77,14 @@ async def ask(program: str) -> QemuSight:
     try:
         async with asyncio.timeout(PATIENCE_S):
             output, said = await _answered(qemu, questions.encode())
-    except TimeoutError:
-        return QemuSight(program, None, fault=f"no answer in {PATIENCE_S:g} s")
-    finally:
+            await qemu.wait()
+    except BaseException as error:
         with contextlib.suppress(ProcessLookupError):
             qemu.kill()
         await qemu.wait()
+        if isinstance(error, TimeoutError):
+            return QemuSight(program, None, fault=f"no answer in {PATIENCE_S:g} s")
+        raise
     return _read(program, output, said.decode(errors="replace").strip())
 
 

@@ -164,12 +164,6 @@ class Monitor:
         finally:
             self._client.tap = None
 
-    async def disconnected(self) -> None:
-        """Wait until QEMU hangs up."""
-        with contextlib.suppress(Exception):
-            while self._client.runstate.name == "RUNNING":
-                await self._client.runstate_changed()
-
     async def close(self) -> None:
         """Hang up; a QEMU that has gone already is what many callers wait for, and no error.
 

@@ -9,7 +9,7 @@ definition, or is of a kind that cannot be frozen, is a *stray*; the plan refuse
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,12 @@ async def observe(monitor: Monitor, record: VmRecord, qemu: Process, store: Path
 
     Raises:
         QemuError: QEMU went away or does not answer.
+        ConflictError: An image is not the file that QEMU has open.
         HostError: An image of the VM cannot be read.
     """
     blocks = await read_blocks(monitor)
     found = _join(record.disks, blocks)
+    _require_open(qemu, [disk.active for disk, _ in found])
     return Facts(
         version=await _version(monitor),
         run_state=(await monitor.execute("query-status"))["status"],
@@ -201,6 +203,18 @@ def _join(disks: tuple[DiskRecord, ...], blocks: Blocks) -> list[Joined]:
         for disk in disks
         if (backend := by_image.get(os.path.realpath(disk.active.path)))
     ]
+
+
+def _require_open(qemu: Process, tops: Iterable[Image]) -> None:
+    """Refuse images that were moved or replaced under QEMU, as far as its files may be seen."""
+    try:
+        opened = process.open_files(qemu.pid)
+    except OSError:
+        return
+    for top in tops:
+        process.require_open(top.path, opened)
+        for layer in image_chain(top):
+            process.require_open(layer.path, opened)
 
 
 def _disk(disk: DiskRecord, backend: Mapping[str, Any], blocks: Blocks) -> DiskFacts:

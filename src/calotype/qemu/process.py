@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from calotype.errors import HostError
+from calotype.errors import ConflictError, HostError
 from calotype.guard import borrow, unprotect
 from calotype.model.vm import Process
 
@@ -133,6 +133,50 @@ async def ended(qemu: Process, timeout_s: float) -> bool:
             return False
         await asyncio.sleep(0.01)
     return True
+
+
+async def end(qemu: Process) -> None:
+    """End it at once, and wait until it has: until then it has its ports and locks.
+
+    Raises:
+        HostError: It does not end; what it has must not be given to another.
+    """
+    kill(qemu)
+    if not await ended(qemu, 10.0):
+        raise HostError(
+            f"process {qemu.pid} does not end", "see the kernel log; `calotype recover` tries again"
+        )
+
+
+def open_files(pid: int) -> frozenset[tuple[int, int]]:
+    """Device and inode of each file that a process has open.
+
+    Raises:
+        OSError: It may not be looked at.
+    """
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            status = link.stat()
+            found.add((status.st_dev, status.st_ino))
+    return frozenset(found)
+
+
+def require_open(path: str, opened: frozenset[tuple[int, int]]) -> None:
+    """Refuse a path that leads to another file than the one that QEMU has open.
+
+    QEMU opens images by path again: it would go on with the other one, the guest on it.
+
+    Raises:
+        ConflictError: It does.
+    """
+    status = Path(path).stat() if Path(path).exists() else None
+    if status is None or (status.st_dev, status.st_ino) not in opened:
+        raise ConflictError(
+            f"{path} is not the file that QEMU has open: it was moved, replaced or removed",
+            "put the file that it was started with back, or start QEMU anew",
+            path=path,
+        )
 
 
 def memory(pid: int) -> Memory:

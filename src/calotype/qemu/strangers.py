@@ -18,6 +18,7 @@ from calotype.errors import ConflictError, HostError, QemuError, RequestError
 from calotype.model.names import is_text
 from calotype.plan.adopt import Stranger
 from calotype.qemu import monitor as qmp
+from calotype.qemu import process
 from calotype.qemu.process import start_ticks
 
 _GREETING = b'{"QMP"'
@@ -223,15 +224,10 @@ def open_files(pid: int) -> frozenset[tuple[int, int]]:
     Raises:
         HostError: It may not be looked at.
     """
-    found = set()
     try:
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                status = link.stat()
-                found.add((status.st_dev, status.st_ino))
+        return process.open_files(pid)
     except OSError as error:
         raise _unseen(pid, error) from error
-    return frozenset(found)
 
 
 def listener(path: Path) -> int | None:

@@ -45,8 +45,11 @@ def plan(
     has_state: bool = True,
 ) -> RestorePlan:
     changes = {} if has_state else {"machine_state": None}
-    manifest = make_manifest([make_part(0, kind)], **changes)
-    record = make_record([make_disk_record(0)], parent="p")
+    parts, disks = [make_part(0, kind)], [make_disk_record(0)]
+    if kind == "skip":  # and one that is not, or the two QEMUs could not be told apart
+        parts, disks = [*parts, make_part(1)], [*disks, make_disk_record(1)]
+    manifest = make_manifest(parts, **changes)
+    record = make_record(disks, parent="p")
     asked = request or RestoreRequest()
     return plan_restore(manifest, record, make_found(manifest, record), asked, OTHER, running)
 
@@ -132,6 +135,16 @@ def test_the_clock_is_set_last_when_the_old_one_is_gone() -> None:
     kinds = [type(step) for step in plan(request=RestoreRequest(sync_time=True)).steps]
     assert kinds[-1] is SetClock
     assert SetClock not in {type(step) for step in plan().steps}
+
+
+def test_two_qemus_that_nothing_would_tell_apart_are_not_run_beside_each_other() -> None:
+    manifest, record = make_manifest([]), make_record([])
+    found = make_found(manifest, record)
+    made = plan_restore(manifest, record, found, RestoreRequest(), OTHER, RUNNING)
+    (blocker,) = made.blockers
+    assert "no disk of it gets another image" in blocker.problem
+    assert "--stop-first" in blocker.remedy
+    assert plan_restore(manifest, record, found, RestoreRequest(), OTHER).blockers == ()
 
 
 BLOCKED = [

@@ -16,6 +16,7 @@ from calotype.formats.argv.refusals import refuse_unsupervisable
 from calotype.formats.argv.supervision import TERMINAL_OPTIONS, Endpoints, supervised
 from calotype.formats.argv.syntax import settings
 from calotype.formats.options import parse
+from calotype.formats.secrets import redacted
 from calotype.model.vm import Dropped
 
 _OF_THAT_START: dict[str, str] = {
@@ -47,7 +48,7 @@ def without_its_start(command: CommandLine) -> tuple[CommandLine, tuple[Dropped,
             kept.append(_not_waiting(argument))
             reason = "" if kept[-1] == argument else _WAITS
         if reason:
-            dropped.append(Dropped(" ".join(argument.words()), reason))
+            dropped.append(Dropped(" ".join(redacted(argument.words())), reason))
     return replace(command, arguments=tuple(kept)), tuple(dropped)
 
 

@@ -32,6 +32,7 @@ from typing import Any
 from calotype.formats.argv.line import Argument, CommandLine
 from calotype.formats.argv.syntax import IMPLIED, settings
 from calotype.formats.options import parse, unparse
+from calotype.formats.secrets import redacted
 from calotype.model.acts import NEXT, Act, Tell, WritePid, exchange
 
 LONGEST_SOCKET_PATH = 107
@@ -120,7 +121,7 @@ def sharing(command: CommandLine, cwd: str, aside: str) -> Sharing:
         CommandLine(changed.program, tuple(kept)),
         tuple(endpoint for each in looked for endpoint in each.endpoints),
         tuple(
-            Unshared(" ".join(each.given.words()), reason)
+            Unshared(" ".join(redacted(each.given.words())), reason)
             for each in looked
             for reason in each.unshared
         ),
