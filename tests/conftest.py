@@ -21,6 +21,14 @@ ROOT = Path(__file__).parent.parent
 DEPS = Path(os.environ.get("CALOTYPE_DEPS", ROOT / ".deps"))
 
 
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """A command that has told its result lets no signal through any more; who comes next does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @pytest.fixture(scope="session")
 def built_witness() -> Witness:
     """The witness, built once for all sessions and workers."""

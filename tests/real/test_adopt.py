@@ -1,6 +1,7 @@
 """A QEMU that its user started by hand is adopted, snapshotted, killed, restored; or refused."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -181,7 +182,7 @@ def test_inherited_descriptors_are_no_obstacle_to_a_snapshot_but_to_a_start(stra
         for line in ("start small", f"restore small --id {snapshot}"):
             said = stray.shell(line, expected=4)
             assert "a file descriptor cannot be opened again" in said
-            assert "calotype run NAME" in said
+            assert "calotype run small" in said
         stray.calotype("run", "small", "--", *stray.argv(), "-device", "virtio-serial")
         assert stray.run_state() == "running"
 
@@ -224,11 +225,25 @@ def test_a_restore_over_the_qemu_of_its_user_is_refused_and_changes_nothing(stra
         stray.calotype("restore", "small", "--id", snapshot)
     assert failed.value.data["exit_code"] == 4
     assert "--stop-first" in failed.value.data["error"]["remedy"]
-    (blocker,) = stray.calotype("restore", "small", "--id", snapshot, "--plan")["blockers"]
-    assert "would take its user's sockets" in blocker[0]
+    with pytest.raises(CommandFailed, match="would take its user's sockets") as planned:
+        stray.calotype("restore", "small", "--id", snapshot, "--plan")
+    assert planned.value.data["exit_code"] == 4
+    assert len(planned.value.data["told"]["blockers"]) == 1
     assert picture(stray) == before
     assert stray.pid() == stray.hand.pid
     assert stray.qmp("query-status")["running"]
+
+
+def test_nothing_that_is_shown_of_it_holds_a_secret(stray: ByHand) -> None:
+    stray.start_by_hand("-object", "secret,id=s0,data=hunter2")
+    told = [stray.adopt()]
+    told += [stray.calotype(*words) for words in (("show", "small"), ("ps",), ("list",))]
+    told += [
+        stray.calotype("show", "small", "--id", stray.take()),
+        stray.calotype("history", "small"),
+    ]
+    assert "hunter2" not in json.dumps(told)
+    assert "data=REDACTED" in json.dumps(told)
 
 
 def test_it_is_restored_by_stopping_it_first_and_goes_over_from_then_on(stray: ByHand) -> None:

@@ -265,6 +265,29 @@ def test_no_vm_may_write_to_what_a_snapshot_stands_on(subject: Subject, tmp_path
         assert refused.value.data["exit_code"] == 6
 
 
+@pytest.mark.parametrize("how", ["replaced", "moved", "another format"])
+@pytest.mark.parametrize("name", ["zero.qcow2", "one.qcow2"])
+def test_an_image_that_is_another_under_qemu_is_refused(
+    subject: Subject, name: str, how: str
+) -> None:
+    subject.write(OLD, 1)
+    image = subject.folder / name
+    before = picture(subject)
+    image.rename(image.with_suffix(".away"))
+    if how == "replaced":
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "64M"], check=True)
+    elif how == "another format":
+        image.write_bytes(bytes(1 << 20))
+    for words in (["--plan"], [], ["--disk", "virtio1=internal"]):
+        with pytest.raises(CommandFailed, match="is not the file that QEMU has open") as refused:
+            subject.calotype("take", "small", *words)
+        assert refused.value.data["exit_code"] == 6
+    image.with_suffix(".away").rename(image)
+    assert picture(subject) == before
+    assert subject.reads(OLD, 1)
+    subject.take()
+
+
 def test_definitions_of_one_name_at_once_make_one_vm(folder: Path) -> None:
     vm = Machine(folder)
     vm.make_disks()

@@ -278,6 +278,19 @@ def test_a_reader_who_left_gets_no_traceback(root: Path, words: tuple[str, ...])
         (("ps",), 0),
     ],
 )
+@pytest.mark.parametrize("more", [(), ("--qemu",)])
+def test_logs_that_nobody_reads_are_no_fault(tmp_path: Path, more: tuple[str, ...]) -> None:
+    store = Store(tmp_path / "store")
+    store.make_vm_folder(make_record().id)
+    store.save(make_record())
+    for name in ("console.log", "qemu.log"):
+        (store.folder(make_record().id) / name).write_text("said\n")
+    words = [sys.executable, "-m", "calotype", "logs", "web", *more, "--store", str(store.root)]
+    shell = f"{shlex.join(words)} >&-"
+    done = subprocess.run(["/bin/sh", "-c", shell], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_working_directory_that_is_gone_is_told(
     tmp_path: Path, root: Path, words: tuple[str, ...], code: int
 ) -> None:

@@ -201,6 +201,20 @@ def test_what_one_alone_can_have_is_named(words: Words) -> None:
     assert found.unshared[0].reason
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-spice", "port=5900,password=hunter2"],
+        ["-iscsi", "user=me,password=hunter2"],
+        ["-netdev", "l2tpv3,id=n,src=::1,dst=::2,udp=on,txcookie=hunter2,txsession=1"],
+    ],
+)
+def test_what_is_named_holds_no_secret(words: Words) -> None:
+    told = " ".join(f"{each.argument} {each.reason}" for each in shared(*words).unshared)
+    assert "REDACTED" in told
+    assert "hunter2" not in told
+
+
 def test_each_option_is_in_one_table_or_is_refused() -> None:
     tables = [ALONE, frozenset(READERS), frozenset(UNSHARED)]
     for option in sorted(VALUED | FLAGS):
