@@ -270,14 +270,6 @@ def test_a_reader_who_left_gets_no_traceback(root: Path, words: tuple[str, ...])
 # --- a folder that is gone ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (("run", "web", "--", "/nosuch/qemu"), 9),
-        (("--store", "relative", "ps"), 9),
-        (("ps",), 0),
-    ],
-)
 @pytest.mark.parametrize("more", [(), ("--qemu",)])
 def test_logs_that_nobody_reads_are_no_fault(tmp_path: Path, more: tuple[str, ...]) -> None:
     store = Store(tmp_path / "store")
@@ -291,6 +283,14 @@ def test_logs_that_nobody_reads_are_no_fault(tmp_path: Path, more: tuple[str, ..
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("run", "web", "--", "/nosuch/qemu"), 9),
+        (("--store", "relative", "ps"), 9),
+        (("ps",), 0),
+    ],
+)
 def test_a_working_directory_that_is_gone_is_told(
     tmp_path: Path, root: Path, words: tuple[str, ...], code: int
 ) -> None:
