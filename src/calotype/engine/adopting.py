@@ -261,7 +261,8 @@ def _known_again(store: Store, record: VmRecord, seen: _Seen) -> VmRecord:
     if (argv, record.cwd) != (seen.stranger.argv, seen.stranger.cwd):
         raise ConflictError(
             f"the name {record.name!r} is taken by a VM with another command line",
-            f"choose another, or `calotype forget {shlex.quote(record.name)}`",
+            f"choose another; or, if it is that VM, end that QEMU and let `calotype start"
+            f" {shlex.quote(record.name)}` put the newest images on its command line",
             vm=record.name,
         )
     newest = {disk.origin.path: disk.active for disk in record.disks}

@@ -302,7 +302,16 @@ def _in_use(vm: VmSight) -> Iterator[Note]:
             problem = (
                 f"{opener.path} is open for writing in {_named(opener)}, which is not its QEMU"
             )
-            yield Note(_of(vm), problem, f"end that process (kill {opener.pid}) before it starts")
+            yield Note(_of(vm), problem, _end(vm, opener))
+
+
+def _end(vm: VmSight, opener: Opener) -> str:
+    """What to do about a process that has an image of a VM: its user may have started it again."""
+    words = f"end that process (kill {opener.pid}) before it starts"
+    if vm.record.adopted is None or vm.pid is not None:
+        return words
+    adopt = shlex.join(("calotype", "adopt", vm.record.name, "--qmp", vm.record.adopted.qmp))
+    return f"if that is its QEMU, started again by hand, `{adopt}` binds it; else {words}"
 
 
 def _little_space(vm: VmSight) -> Iterator[Note]:

@@ -26,7 +26,7 @@ from calotype.engine.examination import examine
 from calotype.formats import argv as command_line
 from calotype.formats.argv import CommandLine
 from calotype.model.snapshot import MachineStatePart, Manifest
-from calotype.model.vm import Image, ImageFacts, VmRecord
+from calotype.model.vm import Adopted, Image, ImageFacts, VmRecord
 from calotype.plan.diagnosis import CHECKS, Finding, diagnose
 from calotype.plan.sights import QemuSight, Sight
 from calotype.qemu import host
@@ -358,6 +358,17 @@ def test_the_newest_image_of_a_vm_that_is_off_is_open_for_writing(
     pid = opening(Path(home.overlay.path), "r+b")
     (finding,) = home.found("in-use")
     assert f"process {pid} (" in finding.problem
+    assert finding.remedy == f"end that process (kill {pid}) before it starts"
+
+
+def test_a_vm_that_its_user_has_started_again_is_to_be_bound_and_not_killed(
+    home: Home, opening: Callable[..., int]
+) -> None:
+    adopted = Adopted(home.record.argv, "/run/web's.sock", 0)
+    home.store.save(replace(home.record, adopted=adopted))
+    opening(Path(home.overlay.path), "r+b")
+    (finding,) = home.found("in-use")
+    assert """`calotype adopt web --qmp '/run/web'"'"'s.sock'` binds it""" in finding.remedy
 
 
 def test_a_vm_that_somebody_is_changing_is_not_judged(home: Home) -> None:
