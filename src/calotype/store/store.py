@@ -86,7 +86,11 @@ class Store:
         """A store to be looked at alone: nothing is made, and the index is read from the files.
 
         There need not be one at *root*: it is empty then.
+
+        Raises:
+            HostError: What is there is no store.
         """
+        _refuse_other_things(root)
         store = cls.__new__(cls)
         store.root, store.damage, store.index = root, [], Index(None)
         store.rebuild_index()
