@@ -100,7 +100,7 @@ async def _answered(qemu: asyncio.subprocess.Process, questions: bytes) -> tuple
     assert qemu.stdout
     assert qemu.stderr
     output = b""
-    with contextlib.suppress(ConnectionError, ValueError):  # it is no QEMU: it has ended, or babbles
+    with contextlib.suppress(ConnectionError, ValueError):  # it is no QEMU
         qemu.stdin.write(questions)
         await qemu.stdin.drain()
         while line := await qemu.stdout.readline():
