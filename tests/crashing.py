@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +213,19 @@ SWITCH = (
 """What happens while a guest goes over from an overlay to the image below."""
 
 
-def moments(name: str, *points: str) -> list[str]:
-    """The moments between the steps of an operation."""
-    return [f"{point}:{place}" for place in range(len(OPERATIONS[name].steps)) for point in points]
+def moments(name: str, *points: str, of: Collection[str] | None = None) -> list[str]:
+    """The moments between the steps of an operation, or around those *of* some kinds."""
+    places = [
+        place for place, step in enumerate(OPERATIONS[name].steps) if of is None or step in of
+    ]
+    return [f"{point}:{place}" for place in places for point in points]
+
+
+TALKING = frozenset({
+    "OpenOverlay", "OpenState", "SetMigration", "PassInstant", "AwaitSave", "PutBackMigration",
+    "CloseState",
+})  # fmt: skip
+"""The steps of a take that talk to QEMU: others notice nothing of one that does not answer."""
 
 
 def whole(

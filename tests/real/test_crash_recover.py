@@ -24,6 +24,7 @@ from crashing import (
     NEW,
     OLD,
     OPERATIONS,
+    TALKING,
     WINDOW,
     Done,
     Subject,
@@ -191,7 +192,9 @@ def test_a_paused_vm_stays_paused_whatever_dies(subject: Subject) -> None:
 # --- QEMU hangs, or cannot be reached ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", [*moments("take", "doing"), "sent:stop", "sent:transaction"])
+@pytest.mark.parametrize(
+    "moment", [*moments("take", "doing", of=TALKING), "sent:stop", "sent:transaction"]
+)
 def test_qemu_hangs(subject: Subject, done: Done, moment: str) -> None:
     cell(subject, done, "take", moment, "hang-qemu")
 
@@ -306,7 +309,8 @@ class Proxy:
 
 @pytest.mark.parametrize("deed", ["cut", "stall"])
 @pytest.mark.parametrize(
-    "moment", [*moments("take", "doing")[3:], "sent:stop", "sent:migrate", "sent:transaction"]
+    "moment",
+    [*moments("take", "doing", of=TALKING), "sent:stop", "sent:migrate", "sent:transaction"],
 )
 def test_the_connection_is_cut_or_stalls(
     subject: Subject, done: Done, moment: str, deed: str
