@@ -91,7 +91,8 @@ HEARD_BYTES = 1 << 16
 """How much of what the agent says is kept."""
 
 FORGET = b"\xff\n"
-_AT_REST = frozenset({"paused", "postmigrate", "finish-migrate", "prelaunch"})
+AT_REST = frozenset({"paused", "postmigrate", "finish-migrate", "prelaunch"})
+"""The run states in which a guest stands still and `cont` lets it run."""
 
 _PIDFD_GETFD = 438
 """The system call's number, on every architecture that has one."""
@@ -263,7 +264,7 @@ def rescue(qemu: Qemu, switch: dict[str, str] | None = None, forgetful: int | No
         mend(forgetful)
         status = qemu.ask("query-status") or {}
         steady = steady + 1 if status.get("running") else 0
-        if status.get("status") in _AT_REST:
+        if status.get("status") in AT_REST:
             qemu.ask("migrate_cancel")
             qemu.ask("cont")
         else:

@@ -13,6 +13,7 @@ from calotype.engine.disk_effects import delete_inside
 from calotype.engine.switching import record_newest, switch
 from calotype.engine.world import Effect, Effects, World
 from calotype.errors import QemuError
+from calotype.guard import AT_REST
 from calotype.model.vm import Image
 from calotype.plan.abandon import OverlaySight, Qemu, plan_abandon
 from calotype.plan.steps import (
@@ -27,8 +28,6 @@ from calotype.plan.steps import (
 from calotype.qemu import image_tool, live_merge, migration, process
 from calotype.qemu.monitor import Monitor
 from calotype.store import images
-
-_AT_REST = ("paused", "postmigrate", "finish-migrate")
 
 
 async def abandon_instant(world: World, step: PassInstant) -> None:
@@ -72,7 +71,7 @@ async def _end_pause(world: World, step: EndPause) -> None:
     async with world.controlling() as monitor:
         await monitor.execute("migrate_cancel")
         status = (await monitor.execute("query-status"))["status"]
-        if step.let_run and status in _AT_REST:
+        if step.let_run and status in AT_REST:
             await monitor.execute("cont")
         await migration.torn_down(monitor)
         _unprotect(world, step)  # and for good, now that no save can protect it any more
@@ -89,7 +88,7 @@ def _unprotect(world: World, step: EndPause) -> None:
 
 async def _let_run(monitor: Monitor) -> None:
     """Once more: an ordinary migration that was just completing may have stopped it again."""
-    if (await monitor.execute("query-status"))["status"] in _AT_REST:
+    if (await monitor.execute("query-status"))["status"] in AT_REST:
         await monitor.execute("cont")
 
 

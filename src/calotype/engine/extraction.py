@@ -20,7 +20,7 @@ from calotype.errors import ConflictError, MismatchError, StoreError
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import VmRecord
 from calotype.plan.contents import Extraction
-from calotype.plan.preflight import part_mismatches
+from calotype.plan.preflight import as_error, part_mismatches
 from calotype.qemu import image_copy
 from calotype.store import files, images
 from calotype.store.store import Store
@@ -112,13 +112,4 @@ def _refusal(
     ]
     if not mismatches:
         return None
-    is_touched = all(mismatch.kind == "touched" for mismatch in mismatches)
-    return MismatchError(
-        f"nothing of {manifest.id} is extracted: " + "; ".join(each.text for each in mismatches),
-        "if that was you, and you wrote nothing to it, give --accept-touched"
-        if is_touched
-        else "put back what is named here; nothing was changed",
-        mismatches=[
-            {"kind": each.kind, "subject": each.subject, "text": each.text} for each in mismatches
-        ],
-    )
+    return as_error(f"nothing of {manifest.id} is extracted", mismatches)

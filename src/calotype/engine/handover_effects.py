@@ -22,6 +22,7 @@ from calotype.engine import launch
 from calotype.engine.disk_effects import record_disks
 from calotype.engine.world import Effect, Effects, World
 from calotype.errors import QemuError
+from calotype.guard import AT_REST
 from calotype.model import names
 from calotype.model.acts import PREVIOUS, Act, Drop, Keep, Move, Side, Tell, WritePid
 from calotype.model.vm import Process
@@ -38,7 +39,6 @@ OWN_LIMIT_S = 4.0
 """...and before we give up ourselves."""
 LEFT_STATE = "machine-state"
 UNFINISHED = ".part"
-_AT_REST = ("paused", "prelaunch", "postmigrate", "finish-migrate")
 
 
 # --- forth ---------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ async def _tell(told: Monitor, act: Tell) -> None:
 async def _let_new_run(world: World, step: HandOver) -> None:
     if step.let_run and world.qemu is not None:
         async with launch.controlling(world.store, world.record) as new:
-            if (await new.execute("query-status"))["status"] in _AT_REST:
+            if (await new.execute("query-status"))["status"] in AT_REST:
                 await let_run(new)
 
 
@@ -198,7 +198,7 @@ async def _hand_back(world: World, step: HandOver) -> None:
             if isinstance(act, Tell):
                 with contextlib.suppress(QemuError):  # it has it still: it was not handed over
                     await perform(act, {"old": told}, {})
-        if step.was_running and (await told.execute("query-status"))["status"] in _AT_REST:
+        if step.was_running and (await told.execute("query-status"))["status"] in AT_REST:
             await told.execute("cont")
 
 

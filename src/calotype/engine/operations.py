@@ -29,7 +29,6 @@ from calotype.engine.take_effects import Taking
 from calotype.errors import (
     BlockedError,
     CalotypeError,
-    MismatchError,
     QemuError,
 )
 from calotype.formats import argv as command_line
@@ -37,6 +36,7 @@ from calotype.formats.argv import CommandLine
 from calotype.model import names
 from calotype.model.snapshot import Manifest
 from calotype.model.vm import Facts, Process, VmRecord
+from calotype.plan.preflight import as_error as mismatched
 from calotype.plan.restore import plan_restore
 from calotype.plan.restore_plan import Definition, RestorePlan, RestoreRequest
 from calotype.plan.take import plan_take
@@ -233,7 +233,7 @@ async def _plan_restore(
 def in_the_way(name: str, plan: RestorePlan) -> CalotypeError | None:
     """Why a restore of the VM *name* is refused; None where it is not."""
     if plan.mismatches:
-        return _mismatched(name, plan)
+        return mismatched(f"{name!r} cannot be restored to {plan.snapshot}", plan.mismatches)
     return _blocked(name, plan) if plan.blockers else None
 
 
@@ -349,21 +349,6 @@ async def _take_way_back(
     await carry_out(taking, "take", plan.snapshot, plan.snapshot, plan.steps)
     assert taking.manifest is not None
     return taking.manifest
-
-
-def _mismatched(name: str, plan: RestorePlan) -> MismatchError:
-    is_touched = all(mismatch.kind == "touched" for mismatch in plan.mismatches)
-    return MismatchError(
-        f"{name!r} cannot be restored to {plan.snapshot}: "
-        + "; ".join(mismatch.text for mismatch in plan.mismatches),
-        "if that was you, and you wrote nothing to it, give --accept-touched"
-        if is_touched
-        else "put back what is named here; nothing was changed",
-        mismatches=[
-            {"kind": mismatch.kind, "subject": mismatch.subject, "text": mismatch.text}
-            for mismatch in plan.mismatches
-        ],
-    )
 
 
 # --- recover -------------------------------------------------------------------------------------

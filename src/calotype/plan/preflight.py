@@ -1,12 +1,28 @@
 """Compare what is there with what a snapshot was taken of: all differences, not only the first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from calotype.errors import MismatchError
 from calotype.formats.secrets import redacted_value
 from calotype.model.identity import Difference, Identity, differences
 from calotype.model.snapshot import Manifest, StoragePart
 from calotype.model.vm import ImageFacts, ReadOnlyDisk, VmRecord
 from calotype.plan.restore_plan import Definition, Found, Mismatch, RestoreRequest
+
+
+def as_error(problem: str, found: Sequence[Mismatch]) -> MismatchError:
+    """The refusal for what is another than was recorded, after the words *problem*."""
+    is_touched = all(mismatch.kind == "touched" for mismatch in found)
+    return MismatchError(
+        f"{problem}: " + "; ".join(mismatch.text for mismatch in found),
+        "if that was you, and you wrote nothing to it, give --accept-touched"
+        if is_touched
+        else "put back what is named here; nothing was changed",
+        mismatches=[
+            {"kind": mismatch.kind, "subject": mismatch.subject, "text": mismatch.text}
+            for mismatch in found
+        ],
+    )
 
 
 def mismatches(
