@@ -334,7 +334,7 @@ def devices(qmp: Qmp) -> str:
     return re.sub(r'chardev = "\w[^"]*"', "chardev", tree)
 
 
-SOCKETS = ("control", "query", "guard", "console")
+SOCKETS = ("control", "query", "guard", "service", "console")
 
 
 class Watched:
@@ -355,8 +355,7 @@ class Watched:
                 listener.bind(str(self.folder / name))
                 listener.listen()
             descriptors = [listener.fileno() for listener in sockets]
-            control, query, guard, console = descriptors
-            endpoints = Endpoints(control, query, guard, console, str(self.log))
+            endpoints = Endpoints(*descriptors, str(self.log))
             watched = change(supervised(command, endpoints))
             child = stack.enter_context(started(watched, self.folder, *descriptors))
             for listener in sockets:

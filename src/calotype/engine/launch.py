@@ -24,9 +24,9 @@ from calotype.qemu.guarding import Post, Successor
 from calotype.qemu.monitor import Monitor
 from calotype.store.store import Store
 
-CONTROL, QUERY, GUARD = "control.sock", "query.sock", "guard.sock"
+CONTROL, QUERY, GUARD, SERVICE = "control.sock", "query.sock", "guard.sock", "service.sock"
 CONSOLE = "console.sock"
-SOCKETS = (CONTROL, QUERY, GUARD, CONSOLE)
+SOCKETS = (CONTROL, QUERY, GUARD, SERVICE, CONSOLE)
 QEMU_LOG, CONSOLE_LOG = "qemu.log", "console.log"
 
 MARK = "CALOTYPE_VM"
@@ -96,8 +96,7 @@ async def start(
             stack.enter_context(qmp.listen_socket(folder / f"{name}{suffix}")) for name in SOCKETS
         ]
         descriptors = [each.fileno() for each in sockets]
-        control, query, guard, console = descriptors
-        endpoints = Endpoints(control, query, guard, console, str(folder / CONSOLE_LOG))
+        endpoints = Endpoints(*descriptors, str(folder / CONSOLE_LOG))
         argv = compose_argv(
             record,
             active,

@@ -118,5 +118,5 @@ def test_a_definition_is_in_canonical_order() -> None:
 )
 def test_supervision_is_invisible_to_the_guest(text: str) -> None:
     command = CommandLine.parse(["qemu", *text.split()])
-    watched = supervised(command, Endpoints(3, 4, 6, 5, "/log"))
+    watched = supervised(command, Endpoints(3, 4, 6, 7, 5, "/log"))
     assert definition(watched, CWD) == definition(command, CWD)

@@ -12,7 +12,9 @@ from calotype.formats.argv import (
 from calotype.formats.argv.arity import VALUED
 from calotype.formats.argv.refusals import REFUSED_SETTINGS
 
-ENDPOINTS = Endpoints(control_fd=7, query_fd=8, guard_fd=10, console_fd=9, console_log="/l/a,b.log")
+ENDPOINTS = Endpoints(
+    control_fd=7, query_fd=8, guard_fd=10, service_fd=11, console_fd=9, console_log="/l/a,b.log"
+)
 MONITORS = [
     "-chardev", "socket,id=calotype-control,fd=7,server=on,wait=off",
     "-mon", "chardev=calotype-control,mode=control",
@@ -20,6 +22,8 @@ MONITORS = [
     "-mon", "chardev=calotype-query,mode=control",
     "-chardev", "socket,id=calotype-guard,fd=10,server=on,wait=off",
     "-mon", "chardev=calotype-guard,mode=control",
+    "-chardev", "socket,id=calotype-service,fd=11,server=on,wait=off",
+    "-mon", "chardev=calotype-service,mode=control",
 ]  # fmt: skip
 LOG = "logfile=/l/a,,b.log,logappend=on"
 CONSOLE = ["-chardev", f"socket,id=calotype-console,fd=9,server=on,wait=off,{LOG}"]

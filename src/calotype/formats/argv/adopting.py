@@ -29,7 +29,7 @@ _OF_THAT_START: dict[str, str] = {
 
 _WAITS = "QEMU would wait for a client before it starts: wait=off is added"
 _ON = frozenset({"on", "yes", "true", "y"})
-_NOWHERE = Endpoints(0, 0, 0, 0, "")
+_NOWHERE = Endpoints(0, 0, 0, 0, 0, "")
 
 
 def without_its_start(command: CommandLine) -> tuple[CommandLine, tuple[Dropped, ...]]:

@@ -1,8 +1,8 @@
 """The command line with which QEMU runs under supervision, without a terminal.
 
-Calotype adds three monitors of its own (to act, to look, and to end a pause whose owner died) and a
-console, all of them on listening sockets that QEMU inherits: `server=on,wait=off`, so that anyone
-may come and go. All that is added stands at the end; the user's words stay in their order.
+Calotype adds four monitors of its own (to act, to look, to end a pause whose owner died, and for the
+service that others speak QMP with) and a console, all of them on listening sockets that QEMU
+inherits: `server=on,wait=off`, so that anyone may come and go. All that is added stands at the end; the user's words stay in their order.
 
 **The console** is what the user would have seen in the terminal. QEMU lets one thing use it: a
 -serial stdio, or a -chardev of type stdio, or by default the first serial port, if there is one.
@@ -29,6 +29,7 @@ from calotype.model.names import OURS
 CONTROL = f"{OURS}control"
 QUERY = f"{OURS}query"
 GUARD = f"{OURS}guard"
+SERVICE = f"{OURS}service"
 CONSOLE = f"{OURS}console"
 
 TERMINAL_OPTIONS = frozenset(
@@ -50,6 +51,7 @@ class Endpoints:
     control_fd: int
     query_fd: int
     guard_fd: int
+    service_fd: int
     console_fd: int
     console_log: str
     """A path; QEMU appends to it."""
@@ -132,11 +134,14 @@ def _socket(name: str, fd: int, others: Iterable[tuple[str, str]] = ()) -> Argum
 
 
 def _monitors(endpoints: Endpoints) -> tuple[Argument, ...]:
-    return (
-        _socket(CONTROL, endpoints.control_fd),
-        Argument("mon", f"chardev={CONTROL},mode=control"),
-        _socket(QUERY, endpoints.query_fd),
-        Argument("mon", f"chardev={QUERY},mode=control"),
-        _socket(GUARD, endpoints.guard_fd),
-        Argument("mon", f"chardev={GUARD},mode=control"),
+    monitors = (
+        (CONTROL, endpoints.control_fd),
+        (QUERY, endpoints.query_fd),
+        (GUARD, endpoints.guard_fd),
+        (SERVICE, endpoints.service_fd),
+    )
+    return tuple(
+        argument
+        for name, fd in monitors
+        for argument in (_socket(name, fd), Argument("mon", f"chardev={name},mode=control"))
     )
