@@ -4,6 +4,7 @@ QEMU's commands are declared here as far as they are like ours, and the same arg
 both. No command of QEMU's takes a `number`, so its text is read off the source alone.
 """
 
+import itertools
 import json
 import subprocess
 from typing import Annotated, Any, Literal
@@ -19,8 +20,6 @@ from introspecting import by_name, conforms, referenced
 pytestmark = [pytest.mark.qemu, pytest.mark.parametrize("qemu", ["system", "7.2"], indirect=True)]
 
 MACHINE = ("-M", "none", "-display", "none", "-nodefaults", "-S")
-CAPABILITIES = {"execute": "qmp_capabilities"}
-QUIT = {"execute": "quit"}
 
 
 @pytest.fixture
@@ -31,20 +30,23 @@ def qemu(request: pytest.FixtureRequest) -> str:
 
 
 def answers(qemu: str, *commands: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a QEMU that is started for this answers to each command; it is told to quit, last."""
-    lines = [json.dumps(each) for each in (CAPABILITIES, *commands, QUIT)]
-    done = subprocess.run(
-        [qemu, *MACHINE, "-qmp", "stdio"],
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    messages = [json.loads(line) for line in done.stdout.splitlines()]
-    replies = [each for each in messages if "return" in each or "error" in each]
-    assert len(replies) == len(lines)
-    return replies[1:-1]
+    """What a QEMU that is started for this answers to each command; then it is ended."""
+    sent = [{"execute": "qmp_capabilities"}, *commands]
+    with subprocess.Popen(
+        [qemu, *MACHINE, "-qmp", "stdio"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write("\n".join(map(json.dumps, sent)))
+            child.stdin.flush()
+            messages = (json.loads(line) for line in child.stdout)
+            replies = (each for each in messages if "return" in each or "error" in each)
+            heard = list(itertools.islice(replies, len(sent)))
+        finally:
+            child.kill()  # `quit` would cut off what is not sent yet
+    assert len(heard) == len(sent)
+    return heard[1:]
 
 
 # --- errors of arguments --------------------------------------------------------------------------

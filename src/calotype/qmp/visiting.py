@@ -73,16 +73,12 @@ def visit(declared: type[T], value: Any, at: str = "") -> T:
     Args:
         declared: A `QmpStruct`, or another type that `shape_of` reads.
         value: The JSON value, as Python's own types.
-        at: Where it stands in the arguments, such as `actions[2].data`; "" for all of them.
+        at: Where it stands, such as `actions[2].data`; "" if it is all of the arguments.
 
     Raises:
         ParameterError: It is not what was declared.
     """
-    return cast("T", _visit(shape_of(declared), value, at, _last_name(at)))
-
-
-def _last_name(at: str) -> str:
-    return "null" if not at or at.endswith("]") else at.rpartition(".")[2]
+    return cast("T", _visit(shape_of(declared), value, at, "null"))
 
 
 def _visit(shape: Shape, value: Any, path: str, name: str) -> Any:
