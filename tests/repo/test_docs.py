@@ -34,6 +34,7 @@ def test_every_family_has_its_row() -> None:
         ("draw-kinds", "docs/kinds.md"),
         ("draw-commands", "docs/commands.md"),
         ("draw-man", "man/calotype.1"),
+        ("draw-qmp", "docs/qmp.md"),
     ],
 )
 def test_what_is_drawn_from_the_code_is_that_of_the_code(script: str, name: str) -> None:

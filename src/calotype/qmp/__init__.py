@@ -1,0 +1,1 @@
+"""QMP: what is said on a monitor's wire, and what may be said; nothing here opens a socket."""
