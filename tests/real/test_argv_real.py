@@ -355,7 +355,8 @@ class Watched:
                 listener.bind(str(self.folder / name))
                 listener.listen()
             descriptors = [listener.fileno() for listener in sockets]
-            endpoints = Endpoints(*descriptors, str(self.log))
+            control, query, guard, service, console = descriptors
+            endpoints = Endpoints(control, query, guard, service, console, str(self.log))
             watched = change(supervised(command, endpoints))
             child = stack.enter_context(started(watched, self.folder, *descriptors))
             for listener in sockets:

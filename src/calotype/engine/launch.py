@@ -96,7 +96,9 @@ async def start(
             stack.enter_context(qmp.listen_socket(folder / f"{name}{suffix}")) for name in SOCKETS
         ]
         descriptors = [each.fileno() for each in sockets]
-        endpoints = Endpoints(*descriptors, str(folder / CONSOLE_LOG))
+        control, query, guard, service, console = descriptors
+        log_path = str(folder / CONSOLE_LOG)
+        endpoints = Endpoints(control, query, guard, service, console, log_path)
         argv = compose_argv(
             record,
             active,

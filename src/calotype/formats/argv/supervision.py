@@ -1,8 +1,9 @@
 """The command line with which QEMU runs under supervision, without a terminal.
 
-Calotype adds four monitors of its own (to act, to look, to end a pause whose owner died, and for the
-service that others speak QMP with) and a console, all of them on listening sockets that QEMU
-inherits: `server=on,wait=off`, so that anyone may come and go. All that is added stands at the end; the user's words stay in their order.
+Calotype adds four monitors of its own (to act, to look, to end a pause whose owner died, and for
+the service that others speak QMP with) and a console, all of them on listening sockets that QEMU
+inherits: `server=on,wait=off`, so that anyone may come and go. All that is added stands at the end;
+the user's words stay in their order.
 
 **The console** is what the user would have seen in the terminal. QEMU lets one thing use it: a
 -serial stdio, or a -chardev of type stdio, or by default the first serial port, if there is one.
