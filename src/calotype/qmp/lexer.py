@@ -126,11 +126,7 @@ class Lexer:
         return len(self._held)
 
     def feed(self, data: bytes) -> None:
-        """Take in what was read; what is before `begin` is forgotten."""
-        del self._held[: self._begin]
-        self._at -= self._begin
-        self._token -= self._begin
-        self._begin = 0
+        """Take in what was read."""
         self._held += data
 
     def token(self) -> int:
@@ -155,6 +151,7 @@ class Lexer:
                 self._state = RECOVERY
                 return OVERRUN
             if at == end:
+                self._drop_what_is_before_begin()
                 return MORE
             target = _TABLE[state][held[at]]
             if target & _IS_NOT_CONSUMED:
@@ -166,6 +163,12 @@ class Lexer:
                 continue
             self._state = RECOVERY if target == ERROR else START
             return target
+
+    def _drop_what_is_before_begin(self) -> None:
+        del self._held[: self._begin]
+        self._at -= self._begin
+        self._token -= self._begin
+        self._begin = 0
 
     @property
     def text(self) -> bytes:

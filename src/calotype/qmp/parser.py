@@ -120,21 +120,21 @@ class _Parser:
 
     def _place(self, value: Any) -> None:
         """Put a value where one was expected."""
-        match self._expected:
-            case 0:  # _TOP
-                self.value = value
-            case 1 | 2:  # a key
-                if not isinstance(value, str):
-                    _complain("key is not a string in object")
-                self._key, self._expected = value, _COLON
-            case 3:  # _MEMBER
-                if self._key in self._container:
-                    _complain("duplicate key")
-                self._container[self._key] = value
-                self._expected = _NEXT_MEMBER
-            case _:
-                self._container.append(value)
-                self._expected = _NEXT_ITEM
+        expected = self._expected
+        if expected == _TOP:
+            self.value = value
+        elif expected in {_FIRST_KEY, _KEY}:
+            if not isinstance(value, str):
+                _complain("key is not a string in object")
+            self._key, self._expected = value, _COLON
+        elif expected == _MEMBER:
+            if self._key in self._container:
+                _complain("duplicate key")
+            self._container[self._key] = value
+            self._expected = _NEXT_MEMBER
+        else:
+            self._container.append(value)
+            self._expected = _NEXT_ITEM
 
 
 def _scalar(kind: int, text: bytes) -> Any:

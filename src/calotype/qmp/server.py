@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from calotype.qmp.decoder import QEMU_LIMITS, Decoder, Document, Limits, Malformed
-from calotype.qmp.writer import ordered, written
+from calotype.qmp.writer import echoed, ordered, written
 
 ErrorClass = Literal[
     "GenericError", "CommandNotFound", "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"
@@ -44,7 +44,8 @@ class Command(NamedTuple):
 
     Args:
         name: Of the command, which need not exist.
-        arguments: {} where there are none; numbers may be infinite, `writer.written` writes them.
+        arguments: {} where there are none. `writer.written` writes them again, infinite numbers and
+            a thousand brackets deep, where others' encoders give up; `Client.send` uses it.
         id: Any JSON value, which the answer repeats; None where there is none.
         has_id: There is an id, which may be null.
         is_out_of_band: The client sent it as `exec-oob`: it is not to wait for others.
@@ -207,7 +208,7 @@ class Server:
             return b""
         seconds, microseconds = divmod(at_us, 1_000_000)
         stamp = {"seconds": seconds, "microseconds": microseconds}
-        told = {"event": name, "timestamp": stamp}
+        told = {"timestamp": stamp, "event": name}
         return _line(told if data is None else {**told, "data": data})
 
     def event_raw(self, event: bytes) -> bytes:
@@ -232,7 +233,7 @@ def _capabilities(arguments: dict[str, Any]) -> list[str]:
         if not isinstance(name, str):
             raise Refusal(f"Invalid parameter type for 'enable[{index}]', expected: string")
         if name != OUT_OF_BAND:
-            raise Refusal(f"Parameter 'enable[{index}]' does not accept value '{name}'")
+            raise Refusal(f"Parameter 'null' does not accept value '{name}'")
     for unexpected in arguments.keys() - {"enable"}:
         raise Refusal(f"Parameter '{unexpected}' is unexpected")
     return wanted
@@ -250,7 +251,7 @@ def _joined(command: Command, member: Literal["return", "error"], value: bytes) 
     """An answer: QEMU's table has the id between the two members that it may stand beside."""
     if not command.has_id:
         return b'{"%s": %s}%s' % (member.encode(), value, _END)
-    told = written(command.id)
+    told = echoed(command.id)
     if member == "return":
         return b'{"return": %s, "id": %s}%s' % (value, told, _END)
     return b'{"id": %s, "error": %s}%s' % (told, value, _END)

@@ -1,15 +1,20 @@
 r"""Values to bytes, as QEMU writes them (qobject/json-writer.c, qobject/qdict.c).
 
 A blank after each comma and colon, `\uXXXX` for all that is not printable ASCII, doubles with up to
-17 digits, and the members of an object in the order of QEMU's hash table: an answer has its `id`
-after `return` but before `error`. The same order decides which member of a request is complained
-about first, and that is why it is here. An infinite number, which QEMU writes as no JSON reader
+17 digits. QEMU writes a whole double like an integer; here that is done only where a client hears
+its own words again, because QEMU takes no double where it wants an integer, and must see the
+difference in arguments that are passed on. An infinite number, which QEMU writes as no JSON reader
 reads it, is written as one that every reader takes for infinite.
+
+QEMU keeps the members of an object in a hash table, and goes through them in the order of that. So
+what a client wrote comes back in another order, an answer has its `id` after `return` but before
+`error`, and of two things that are wrong with a request the order says which one is told.
+What is QEMU's already, or ours, stays in the order in which it is.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from calotype.qmp.unicode import NO_CHARACTER, encoded
@@ -20,12 +25,21 @@ _NAMED = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r":
 
 
 def written(value: Any) -> bytes:
-    """Write a value as QEMU would, on one line.
+    """Write a value on one line, members in the order in which they are, a double as a double.
 
     Args:
         value: Mapping, list or tuple, str, int, float, bool or None, nested to any depth.
     """
-    return "".join(_pieces(value)).encode()
+    return "".join(_pieces(value, _as_they_are, _double)).encode()
+
+
+def echoed(value: Any) -> bytes:
+    """Write a value that a client wrote exactly as QEMU would."""
+    return "".join(_pieces(value, ordered, _shortest)).encode()
+
+
+def _as_they_are(members: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return list(members.items())
 
 
 def ordered(members: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -47,22 +61,27 @@ def _bucket(name: str) -> int:
     return (1103515243 * value + 12345) % _BUCKETS
 
 
+_Order = Callable[[Mapping[str, Any]], list[tuple[str, Any]]]
+
+
 class _Mark(str):
     """What stands between values; a str that is a value is written in quotes."""
 
     __slots__ = ()
 
 
-def _pieces(value: Any) -> Iterable[str]:
+def _pieces(value: Any, order: _Order, double: Callable[[float], str]) -> Iterable[str]:
     left: list[Any] = [value]
     while left:
         match left.pop():
             case _Mark() as mark:
                 yield mark
             case Mapping() as members:
-                left += _marked("{", ordered(members), "}")
+                left += _marked("{", order(members), "}")
             case list() | tuple() as items:
                 left += _marked("[", [("", item) for item in items], "]")
+            case float() as number:
+                yield double(number)
             case scalar:
                 yield _scalar(scalar)
 
@@ -87,12 +106,15 @@ def _scalar(value: Any) -> str:
             return _quoted(value)
         case int():
             return str(value)
-        case float():
-            return _double(value)
     raise TypeError(f"{type(value).__name__} is nothing that JSON has")
 
 
 def _double(number: float) -> str:
+    told = _shortest(number)
+    return f"{told}.0" if told.lstrip("-").isdigit() else told
+
+
+def _shortest(number: float) -> str:
     if math.isinf(number):
         return "1e999" if number > 0 else "-1e999"
     return f"{number:.17g}"
