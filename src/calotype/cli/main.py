@@ -21,7 +21,7 @@ COMMANDS = (
     "run", "adopt", "ps", "start", "stop", "forget", "console", "logs",
     "take", "list", "show", "extract", "restore",
     "delete", "du", "tag", "describe", "protect", "unprotect", "history", "recover", "doctor",
-    "completion",
+    "serve", "completion",
 )  # fmt: skip
 """In the order in which a user meets them; each is `calotype.cli.NAME_cmd`."""
 

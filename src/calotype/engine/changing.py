@@ -26,6 +26,9 @@ from calotype.store import journal as journals
 from calotype.store.journal import Began, Journal
 from calotype.store.store import Store
 
+BEGUN = "preparing"
+"""The first phase that progress is told of: all that is known to be in the way has been said."""
+
 
 @contextlib.asynccontextmanager
 async def changing(
@@ -122,4 +125,5 @@ async def carry_out(
     )
     journal = Journal.begin(world.store.folder(world.record.id), began)
     no_return = point_of_no_return(operation, tuple(steps))
+    world.progress(BEGUN, 0, 0)
     await execute(steps, EFFECTS, world, journal, no_return)

@@ -1,0 +1,300 @@
+"""Our commands: arguments checked, an operation begun, and its job looked after.
+
+What is known beforehand to be in the way is the command's own error: so a command that begins a job
+is answered when the operation has begun its first step, which is after its plan was found free of
+blockers. From then on the job tells.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from calotype.engine import operations, select
+from calotype.engine.changing import BEGUN
+from calotype.engine.deletion import delete
+from calotype.engine.progress import Progress
+from calotype.errors import CalotypeError
+from calotype.model import names
+from calotype.model.snapshot import Manifest
+from calotype.plan.delete import DeleteRequest
+from calotype.plan.restore_plan import RestoreRequest
+from calotype.plan.take_plan import TakePlan, TakeRequest
+from calotype.qmp import commands, vocabulary
+from calotype.qmp.server import Command, Refusal
+from calotype.qmp.visiting import visit
+from calotype.service.jobs import CANCELLED, Job, Jobs
+from calotype.service.work import Work
+from calotype.store.index import SnapshotEntry
+from calotype.store.store import Store
+
+LEAST_PAUSE_LIMIT_MS = 1.0
+
+
+class Done(NamedTuple):
+    """What an operation came to."""
+
+    snapshot: str
+    tag: str
+    pause_ms: float | None = None
+
+
+_Operation = Callable[[Progress], Coroutine[Any, Any, Done]]
+
+
+class Own:
+    """The commands of ours, for one VM.
+
+    Args:
+        store: Where the VM is kept.
+        name: The VM.
+        work: Where operations run.
+        jobs: Their jobs.
+        tell: Tells all clients of an event.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        work: Work,
+        jobs: Jobs,
+        tell: Callable[[str, Mapping[str, Any]], None],
+    ) -> None:
+        self._store = store
+        self._name = name
+        self._work = work
+        self._jobs = jobs
+        self._tell = tell
+        self._commands: Mapping[str, Callable[[Any], Awaitable[Any]]] = {
+            "system-snapshot-save": self._save,
+            "system-snapshot-plan": self._plan,
+            "system-snapshot-load": self._load,
+            "system-snapshot-delete": self._delete,
+            "query-system-snapshots": self._query,
+        }
+
+    async def carry_out(self, command: Command) -> Any:
+        """Carry out one of our commands; what it returns.
+
+        Raises:
+            Refusal: It cannot be carried out.
+        """
+        try:
+            declared = commands.COMMANDS[command.name].arguments
+            arguments = visit(declared, command.arguments)
+            return await self._commands[command.name](arguments)
+        except CalotypeError as error:
+            raise Refusal(_words(error)) from error
+
+    # --- the commands --------------------------------------------------------------------------
+
+    async def _save(self, asked: commands.SaveArguments) -> dict[str, Any]:
+        request = take_request(asked)
+
+        async def save(progress: Progress) -> Done:
+            manifest = await operations.take(
+                self._store,
+                self._name,
+                request,
+                tag=asked.tag or "",
+                description=asked.description or "",
+                progress=progress,
+            )
+            return Done(manifest.id, manifest.tag, manifest.timings.pause_ms)
+
+        return await self._begin(asked.job_id, "system-snapshot-save", "SAVED", save)
+
+    async def _load(self, asked: commands.LoadArguments) -> dict[str, Any]:
+        entry = self._selected(asked.tag, asked.id)
+        request = RestoreRequest(run_state=asked.run_state, keep_current=asked.keep_current)
+
+        async def load(progress: Progress) -> Done:
+            done = await operations.restore(
+                self._store, self._name, entry.id, request, progress=progress
+            )
+            return Done(entry.id, entry.tag, done.pause_ms)
+
+        return await self._begin(asked.job_id, "system-snapshot-load", "LOADED", load)
+
+    async def _delete(self, asked: commands.DeleteArguments) -> dict[str, Any]:
+        entry = self._selected(asked.tag, asked.id)
+
+        async def remove(progress: Progress) -> Done:
+            request = DeleteRequest(frozenset({entry.id}))
+            await delete(self._store, self._name, request, progress=progress)
+            return Done(entry.id, entry.tag)
+
+        return await self._begin(asked.job_id, "system-snapshot-delete", "DELETED", remove)
+
+    async def _plan(self, asked: commands.PlanArguments) -> vocabulary.SystemSnapshotPlan:
+        request = take_request(asked)
+        return planned(
+            asked.machine_state,
+            await self._work.begin(operations.plan_only(self._store, self._name, request)).ended,
+        )
+
+    async def _query(
+        self, asked: commands.QueryArguments
+    ) -> tuple[vocabulary.SystemSnapshotInfo, ...]:
+        record = self._store.find(self._name)
+        manifests, _ = self._store.sound_manifests(record.id)
+        return tuple(
+            info(manifest, str(self._store.snapshot_folder(record.id, manifest.id)))
+            for manifest in sorted(manifests, key=lambda each: each.instant)
+            if asked.tag in (None, manifest.tag) and asked.id in (None, manifest.id)
+        )
+
+    def _selected(self, tag: str | None, whole_id: str | None) -> SnapshotEntry:
+        if whole_id is not None and len(whole_id) != names.ID_LENGTH:
+            raise Refusal(f"'{whole_id}' is no whole id: it has {names.ID_LENGTH} hex digits")
+        return select.select(self._store, self._store.find(self._name), id_prefix=whole_id, tag=tag)
+
+    # --- jobs ----------------------------------------------------------------------------------
+
+    async def _begin(
+        self, job_id: str, kind: str, event: str, operation: _Operation
+    ) -> dict[str, Any]:
+        """Begin an operation as a job; returns when its first step has begun.
+
+        Raises:
+            Refusal: The name of the job is taken.
+            CalotypeError: It was refused before it began; there is no job.
+        """
+        loop = asyncio.get_running_loop()
+        begun = loop.create_future()
+
+        def progress(phase: str, done_bytes: int, expected_bytes: int) -> None:
+            loop.call_soon_threadsafe(note, phase, done_bytes, expected_bytes)
+
+        def note(phase: str, done_bytes: int, expected_bytes: int) -> None:
+            if phase == BEGUN and not begun.done():
+                begun.set_result(None)
+            job.done_bytes = max(job.done_bytes, done_bytes)
+            job.expected_bytes = max(job.expected_bytes, expected_bytes)
+
+        with self._jobs.reserved(job_id):
+            work = self._work.begin(operation(progress))
+            job = Job(job_id, kind, work.cancel)
+            await asyncio.wait({work.ended, begun}, return_when=asyncio.FIRST_COMPLETED)
+        if not begun.done():
+            await work.ended  # which says why
+        self._jobs.add(job)
+        work.ended.add_done_callback(lambda ended: self._ended(job, event, ended))
+        return {}
+
+    def _ended(self, job: Job, event: str, work: "asyncio.Future[Done]") -> None:
+        error = CANCELLED if work.cancelled() else work.exception()
+        if error is None:
+            done = work.result()
+            told: dict[str, Any] = {"job-id": job.name, "id": done.snapshot, "tag": done.tag}
+            if done.pause_ms is not None:
+                told["pause-ms"] = done.pause_ms
+            self._jobs.conclude(job)
+            self._tell(f"SYSTEM_SNAPSHOT_{event}", told)
+            return
+        reason = error if isinstance(error, str) else _words(error)
+        is_undone = not getattr(error, "__notes__", ())
+        self._jobs.conclude(job, reason)
+        failed = {"job-id": job.name, "reason": reason, "undone": is_undone}
+        self._tell("SYSTEM_SNAPSHOT_FAILED", failed)
+
+
+# --- what is asked, and what is told --------------------------------------------------------------
+
+
+def take_request(asked: commands.SystemSnapshotRequest) -> TakeRequest:
+    """What a save, or a plan of one, is asked for.
+
+    Raises:
+        Refusal: It cannot be kept, or is none that can be carried out.
+        CalotypeError: The tag or the description cannot be kept.
+    """
+    names.check_tag(asked.tag or "")
+    names.check_description(asked.description or "")
+    if not LEAST_PAUSE_LIMIT_MS <= asked.pause_limit_ms < float("inf"):
+        raise Refusal("Parameter 'pause-limit-ms' is to be at least 1, and finite")
+    kinds: dict[str, Any] = {}
+    for spec in asked.storage:
+        if spec.node_name in kinds:
+            raise Refusal(f"Parameter 'storage' names '{spec.node_name}' twice")
+        kinds[spec.node_name] = spec.kind
+    return TakeRequest(
+        "none" if isinstance(asked.machine_state, vocabulary.MachineStateNone) else "external",
+        asked.method,
+        asked.pause_limit_ms,
+        kinds,
+    )
+
+
+def planned(
+    destination: vocabulary.MachineStateDestination, plan: TakePlan
+) -> vocabulary.SystemSnapshotPlan:
+    """A plan, as a client is told of it, with the destination that was asked for."""
+    return vocabulary.SystemSnapshotPlan(
+        machine_state=destination,
+        method="live" if plan.method == "live-storage-first" else plan.method,
+        method_reason=plan.method_reason,
+        disks=tuple(
+            vocabulary.DiskPlan(
+                disk=disk.disk,
+                kind=disk.kind,
+                reason=disk.reason,
+                overlay=disk.overlay or None,
+                pause_ms=disk.pause_ms,
+            )
+            for disk in plan.disks
+        ),
+        pause_ms=plan.estimate.pause_ms,
+        bytes=plan.estimate.bytes,
+        blockers=tuple(
+            vocabulary.SnapshotBlocker(problem=each.problem, remedy=each.remedy)
+            for each in plan.blockers
+        ),
+        warnings=plan.warnings,
+    )
+
+
+def info(manifest: Manifest, folder: str) -> vocabulary.SystemSnapshotInfo:
+    """A snapshot, as a client is told of it.
+
+    Args:
+        manifest: The snapshot.
+        folder: Where its own files are.
+    """
+    state = manifest.machine_state
+    return vocabulary.SystemSnapshotInfo(
+        id=manifest.id,
+        tag=manifest.tag,
+        description=manifest.description,
+        instant=manifest.instant,
+        parent=manifest.parent,
+        run_state=manifest.run_state,
+        method=manifest.method,
+        machine_state=None
+        if state is None
+        else vocabulary.MachineStateInfo(
+            type="external", file=f"{folder}/{state.file}", bytes=state.identity.size_bytes
+        ),
+        storage=tuple(
+            vocabulary.StorageSnapshotInfo(
+                disk=part.disk, kind=part.kind, image=part.image.path if part.image else None
+            )
+            for part in manifest.storage
+        ),
+        is_foreign=False,
+        is_whole=state is not None and all(part.kind != "skip" for part in manifest.storage),
+    )
+
+
+def _words(error: BaseException) -> str:
+    """An error in one line: what is wrong, what could not be undone, what to do."""
+    if not isinstance(error, CalotypeError):
+        return f"a fault in Calotype itself: {type(error).__name__}: {error}"
+    return "; ".join(_parts(error))
+
+
+def _parts(error: CalotypeError) -> Iterator[str]:
+    yield error.problem
+    yield from getattr(error, "__notes__", ())
+    if error.remedy:
+        yield error.remedy

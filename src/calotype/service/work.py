@@ -1,0 +1,81 @@
+"""The thread in which operations run: they wait for files, and nobody else must wait for that.
+
+An operation is written for an event loop of its own, and now and then waits for a disk in the midst
+of it (a journal is durable before its step). In the loop that clients are served from, each of
+these waits would be everybody's. So there is a second loop, in a thread.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, Self, TypeVar
+
+Result = TypeVar("Result")
+
+
+class Running(Generic[Result]):
+    """An operation that runs in the other loop.
+
+    Args:
+        ended: Done when the operation really has ended, its undo included; in the caller's loop.
+        cancel: Asks it to end; `ended` is cancelled once it has undone what it had begun.
+    """
+
+    def __init__(self, ended: "asyncio.Future[Result]", cancel: Callable[[], object]) -> None:
+        self.ended = ended
+        self.cancel = cancel
+
+
+class Work:
+    """A second event loop, in a thread, for the length of a `with` block."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="operations")
+        self._operations: set[asyncio.Task[None]] = set()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End, once what runs has been cancelled and has undone what it had begun."""
+        asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def begin(self, operation: Coroutine[Any, Any, Result]) -> Running[Result]:
+        """Begin an operation."""
+        here = asyncio.get_running_loop()
+        ended: asyncio.Future[Result] = here.create_future()
+
+        async def run() -> None:
+            try:
+                result = await operation
+            except asyncio.CancelledError:
+                here.call_soon_threadsafe(ended.cancel)
+            except Exception as error:  # noqa: BLE001 - it is the caller's
+                here.call_soon_threadsafe(ended.set_exception, error)
+            else:
+                here.call_soon_threadsafe(ended.set_result, result)
+
+        async def started() -> asyncio.Task[None]:
+            task = asyncio.create_task(run())
+            self._operations.add(task)
+            task.add_done_callback(self._operations.discard)
+            return task
+
+        task = asyncio.run_coroutine_threadsafe(started(), self._loop).result()
+        return Running(ended, lambda: self._loop.call_soon_threadsafe(task.cancel))
+
+    async def _wind_up(self) -> None:
+        """Cancel the operations alone: what they have begun of their own, such as an undo, goes on.
+
+        An operation that is cancelled ends by itself, and ends its own tasks.
+        """
+        operations = list(self._operations)
+        for task in operations:
+            task.cancel()
+        await asyncio.gather(*operations, return_exceptions=True)
+        await self._loop.shutdown_default_executor()
