@@ -30,6 +30,8 @@ def served(folder: Path) -> Iterator[Path]:
         yield path
 
 
+EXTERNAL = {"type": "external"}
+
 # --- QEMU's own -----------------------------------------------------------------------------------
 
 
@@ -270,6 +272,25 @@ def test_a_job_saves_another_loads_and_a_third_deletes(machine: Machine, qmp: Qm
     assert left == set(whole) - {told["id"]}
 
 
+def test_a_tag_that_is_taken_is_refused(qmp: Qmp) -> None:
+    none = {"type": "none"}
+    told = qmp.run_job("system-snapshot-save", tag="2", machine_state=none)
+    assert "error" not in told
+    (snapshot,) = qmp.ask("query-system-snapshots")
+    said = qmp.refusal("system-snapshot-save", job_id="j", tag="2", machine_state=none)
+    assert f"the snapshot {snapshot['id']} has the tag '2'" in said
+
+
+def test_a_transaction_without_our_actions_is_qemus(qmp: Qmp) -> None:
+    node = next(each["node-name"] for each in qmp.ask("query-named-block-nodes"))
+    bitmap = {"node": node, "name": "b"}
+    qmp.ask("transaction", actions=[{"type": "block-dirty-bitmap-add", "data": bitmap}])
+    qmp.ask("block-dirty-bitmap-remove", **bitmap)
+    assert qmp.refusal("transaction", actions=1) == (
+        "Invalid parameter type for 'actions', expected: array"
+    )
+
+
 def test_a_plan_is_no_job_and_changes_nothing(machine: Machine, qmp: Qmp) -> None:
     before = machine.picture()
     plan = qmp.ask("system-snapshot-plan", machine_state={"type": "none"})
@@ -289,13 +310,29 @@ def test_a_plan_is_no_job_and_changes_nothing(machine: Machine, qmp: Qmp) -> Non
         ("system-snapshot-load", {}, "Need exactly one of 'tag' and 'id'"),
         ("system-snapshot-load", {"id": "ab"}, "is no whole id"),
         ("system-snapshot-delete", {"tag": "x", "id": "y"}, "Need exactly one of"),
+        *(
+            ("system-snapshot-save", {"machine_state": EXTERNAL} | given, said)
+            for given, said in (
+                ({"machine_state": {"type": "internal", "node-name": "n"}}, "is not served yet"),
+                ({"machine_state": {"type": "image", "filename": "f"}}, "is not served yet"),
+                ({"on_conflict": "replace"}, "is not served yet"),
+                ({"pause_limit_ms": 0}, "at least 1"),
+                ({"tag": "a\nb"}, "control characters"),
+                ({"storage": [{"node-name": "n", "kind": "skip"}] * 2}, "names 'n' twice"),
+            )
+        ),
+        (
+            "transaction",
+            {"actions": [{"type": "machine-state-save", "data": {}}]},
+            "is not served yet",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_is_no_job(
     machine: Machine, qmp: Qmp, command: str, arguments: dict[str, Any], said: str
 ) -> None:
     before = machine.picture()
-    given = {"job_id": "job"} | arguments
+    given = arguments if command == "transaction" else {"job_id": "job"} | arguments
     assert said in qmp.refusal(command, **given)
     assert qmp.ask("query-jobs") == []
     assert machine.picture() == before

@@ -196,6 +196,15 @@ _ACTIONS = (Action("machine-state-save", MachineStateSave, _SAVING),)
 ACTIONS: Mapping[str, Action] = {each.name: each for each in _ACTIONS}
 """The actions that the service takes out of a `transaction`, by name."""
 
+UNSERVED: Mapping[str, str] = {
+    "machine-state-save": "the action of `transaction` is refused: use `system-snapshot-save`",
+    "internal": "the destination is refused: use `external`",
+    "image": "the destination is refused: use `external`",
+    "replace": "the policy is refused: delete the old snapshot, or name another tag",
+    "is-foreign": "snapshots that others made are not listed: `qemu-img snapshot -l` lists them",
+}
+"""What is declared and not served yet: its name, and what the service does instead."""
+
 JOB_TYPES: Mapping[str, str] = {
     "system-snapshot-save": "A snapshot is being saved.",
     "system-snapshot-load": "The VM is being put back to a snapshot.",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from calotype.qmp.commands import ACTIONS, COMMANDS, EVENTS, JOB_TYPES
+from calotype.qmp.commands import ACTIONS, COMMANDS, EVENTS, JOB_TYPES, UNSERVED
 from calotype.qmp.examples import examples
 from calotype.qmp.schema import (
     Action,
@@ -33,9 +33,10 @@ _INDENT = 4
 
 
 def page() -> str:
-    """All of it, from the first command's heading on."""
+    """All of it, from the first heading on."""
     return "\n\n".join(
         chain(
+            _unserved(),
             ["## Commands"],
             chain.from_iterable(_command(each) for each in COMMANDS.values()),
             ["## Actions of `transaction`"],
@@ -51,6 +52,12 @@ def page() -> str:
 
 
 # --- what can be sent, and what comes -------------------------------------------------------------
+
+
+def _unserved() -> Iterator[str]:
+    yield "## Not served yet"
+    yield "Declared below, and refused by the service with these words; nothing is changed."
+    yield _table(("what", "today"), ((f"`{name}`", told) for name, told in UNSERVED.items()))
 
 
 def _command(command: Command) -> Iterator[str]:

@@ -30,6 +30,21 @@ from calotype.store.store import Store
 LEAST_PAUSE_LIMIT_MS = 1.0
 
 
+TRANSACTION = "transaction"
+
+
+def is_ours(command: Command) -> bool:
+    """Whether a command is one of ours, or has an action of ours in it."""
+    if command.name == TRANSACTION:
+        actions = command.arguments.get("actions")
+        given = actions if isinstance(actions, list) else []
+        return any(isinstance(each, dict) and each.get("type") in _OUR_ACTIONS for each in given)
+    return command.name in commands.COMMANDS
+
+
+_OUR_ACTIONS = tuple(commands.ACTIONS)
+
+
 class Done(NamedTuple):
     """What an operation came to."""
 
@@ -79,6 +94,8 @@ class Own:
         Raises:
             Refusal: It cannot be carried out.
         """
+        if command.name == TRANSACTION:
+            raise unserved("machine-state-save")
         try:
             declared = commands.COMMANDS[command.name].arguments
             arguments = visit(declared, command.arguments)
@@ -90,6 +107,7 @@ class Own:
 
     async def _save(self, asked: commands.SaveArguments) -> dict[str, Any]:
         request = take_request(asked)
+        self._refuse_taken(asked.tag)
 
         async def save(progress: Progress) -> Done:
             manifest = await operations.take(
@@ -143,6 +161,12 @@ class Own:
             for manifest in sorted(manifests, key=lambda each: each.instant)
             if asked.tag in (None, manifest.tag) and asked.id in (None, manifest.id)
         )
+
+    def _refuse_taken(self, tag: str | None) -> None:
+        record = self._store.find(self._name)
+        taken = [each.id for each in self._store.index.snapshots(record.id) if each.tag == tag]
+        if tag and taken:
+            raise Refusal(f"the snapshot {taken[0]} has the tag '{tag}': name another")
 
     def _selected(self, tag: str | None, whole_id: str | None) -> SnapshotEntry:
         if whole_id is not None and len(whole_id) != names.ID_LENGTH:
@@ -211,6 +235,13 @@ def take_request(asked: commands.SystemSnapshotRequest) -> TakeRequest:
     """
     names.check_tag(asked.tag or "")
     names.check_description(asked.description or "")
+    if asked.on_conflict == "replace":
+        raise unserved("replace")
+    destination = asked.machine_state
+    if isinstance(destination, vocabulary.MachineStateInternal):
+        raise unserved("internal")
+    if isinstance(destination, vocabulary.MachineStateImage):
+        raise unserved("image")
     if not LEAST_PAUSE_LIMIT_MS <= asked.pause_limit_ms < float("inf"):
         raise Refusal("Parameter 'pause-limit-ms' is to be at least 1, and finite")
     kinds: dict[str, Any] = {}
@@ -219,7 +250,7 @@ def take_request(asked: commands.SystemSnapshotRequest) -> TakeRequest:
             raise Refusal(f"Parameter 'storage' names '{spec.node_name}' twice")
         kinds[spec.node_name] = spec.kind
     return TakeRequest(
-        "none" if isinstance(asked.machine_state, vocabulary.MachineStateNone) else "external",
+        "none" if isinstance(destination, vocabulary.MachineStateNone) else "external",
         asked.method,
         asked.pause_limit_ms,
         kinds,
@@ -284,6 +315,11 @@ def info(manifest: Manifest, folder: str) -> vocabulary.SystemSnapshotInfo:
         is_foreign=False,
         is_whole=state is not None and all(part.kind != "skip" for part in manifest.storage),
     )
+
+
+def unserved(name: str) -> Refusal:
+    """Why something that is declared is not carried out."""
+    return Refusal(f"'{name}' is not served yet: {commands.UNSERVED[name]}")
 
 
 def _words(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from calotype.qmp.client import Client, Greeting, Message, Refused, Returned
 from calotype.qmp.server import Command, Refusal
 from calotype.service.channel import Channel
 from calotype.service.jobs import Jobs, named_job
-from calotype.service.own import Own
+from calotype.service.own import Own, is_ours
 from calotype.service.relay import Peer, Relay, negotiation
 from calotype.service.work import Work
 from calotype.store.store import Store
@@ -220,7 +220,7 @@ class Service:
     def _is_own(self, peer: Peer, command: Command) -> bool:
         """Take a command that is ours, and answer it when it is done."""
         name = named_job(command.name, command.arguments)
-        if command.name not in commands.COMMANDS and (name is None or name not in self._jobs):
+        if not is_ours(command) and (name is None or name not in self._jobs):
             return False
         task = asyncio.get_running_loop().create_task(self._carry_out(peer, command, name))
         self._tasks.add(task)
