@@ -67,21 +67,19 @@ _SAVING = (
     ),
     Example(
         "system-snapshot-save",
-        "A machine state in an image of its own, one disk inside its qcow2, one left out; what had "
-        "the tag goes when the new one is complete:",
+        "No machine state, one disk inside its qcow2, one left out:",
         (
             _sent(
                 "system-snapshot-save",
                 job_id="save1",
-                tag=SECOND_TAG,
-                description="nightly",
-                machine_state={"type": "image", "filename": f"{FOLDER}/state.qcow2"},
+                tag="nightly",
+                description="disks alone",
+                machine_state={"type": "none"},
                 storage=[
                     {"node-name": DISKS[0], "kind": "internal"},
                     {"node-name": DISKS[1], "kind": "skip"},
                 ],
                 pause_limit_ms=250,
-                on_conflict="replace",
             ),
             _BEGUN,
         ),

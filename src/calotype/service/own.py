@@ -21,7 +21,7 @@ from calotype.plan.restore_plan import RestoreRequest
 from calotype.plan.take_plan import TakePlan, TakeRequest
 from calotype.qmp import commands, vocabulary
 from calotype.qmp.server import Command, Refusal
-from calotype.qmp.visiting import visit
+from calotype.qmp.visiting import ParameterError, visit
 from calotype.service.jobs import CANCELLED, Job, Jobs
 from calotype.service.work import Work
 from calotype.store.index import SnapshotEntry
@@ -100,6 +100,8 @@ class Own:
             declared = commands.COMMANDS[command.name].arguments
             arguments = visit(declared, command.arguments)
             return await self._commands[command.name](arguments)
+        except ParameterError as error:  # in QEMU's words, and no others
+            raise Refusal(error.problem) from error
         except CalotypeError as error:
             raise Refusal(_words(error)) from error
 
@@ -262,6 +264,7 @@ def planned(
 ) -> vocabulary.SystemSnapshotPlan:
     """A plan, as a client is told of it, with the destination that was asked for."""
     return vocabulary.SystemSnapshotPlan(
+        id=plan.snapshot,
         machine_state=destination,
         method="live" if plan.method == "live-storage-first" else plan.method,
         method_reason=plan.method_reason,
