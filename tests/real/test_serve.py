@@ -165,6 +165,17 @@ def test_a_client_that_disappears_in_mid_word_is_forgotten(served: Path) -> None
         assert qmp.ask("query-status")["status"] == "prelaunch"
 
 
+def test_a_client_that_has_said_all_is_answered_before_it_is_hung_up_on(served: Path) -> None:
+    """As `printf ... | socat - UNIX:...` does."""
+    with Qmp(served) as qmp:
+        for index in range(20):
+            qmp.socket.sendall(b'{"execute": "query-qmp-schema", "id": %d}' % index)
+        qmp.socket.shutdown(socket.SHUT_WR)
+        assert [qmp.answer()["id"] for _ in range(20)] == list(range(20))
+        with pytest.raises(EOFError):
+            qmp.answer()
+
+
 # --- the end --------------------------------------------------------------------------------------
 
 

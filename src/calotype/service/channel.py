@@ -27,6 +27,8 @@ class Channel:
         connection: A stream socket, which belongs to the channel from now on.
         heard: Called with what came; the descriptors are the callee's to close.
         ended: Called once, when the connection is over, whoever ended it.
+        finished: Called when the other has said all that it will, and may still read; without it
+            the connection is closed then.
         read_bytes: How much is read at once: between two reads everybody else has a turn.
     """
 
@@ -36,17 +38,21 @@ class Channel:
         heard: Heard,
         ended: Callable[[], None],
         *,
+        finished: Callable[[], None] | None = None,
         read_bytes: int = 1 << 16,
     ) -> None:
         connection.setblocking(False)
         self._connection = connection
         self._heard = heard
         self._ended = ended
+        self._finished = finished
         self._read_bytes = read_bytes
         self._loop = asyncio.get_running_loop()
         self._unsent: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._unsent_bytes = 0
         self._is_ending = False
+        self._is_read = False
+        """The other has said all that it will."""
         self.is_open = True
         self._loop.add_reader(connection, self._read)
 
@@ -69,7 +75,7 @@ class Channel:
 
     def go_on(self) -> None:
         """Read again."""
-        if self.is_open:
+        if self.is_open and not self._is_read:
             self._loop.add_reader(self._connection, self._read)
 
     def end(self) -> None:
@@ -97,11 +103,15 @@ class Channel:
         except BlockingIOError:
             return
         except OSError:
-            data, descriptors = b"", []
+            self.close()
+            return
         if data:
             self._heard(data, descriptors)
+        elif self._finished is not None:
+            self._loop.remove_reader(self._connection)
+            self._is_read = True
+            self._finished()
         else:
-            _close(descriptors)
             self.close()
 
     def _received(self) -> tuple[bytes, list[int]]:

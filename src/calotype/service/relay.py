@@ -68,6 +68,8 @@ class Peer:
         """A command of its own is under way."""
         self.is_held = False
         self.is_here = True
+        self.is_finished = False
+        """It will send no more, and is hung up on when all is answered."""
         self.descriptors: list[int] = []
 
     def take_descriptors(self) -> list[int]:
@@ -140,6 +142,11 @@ class Relay:
                 peer.waiting.append(request)
         self._next(peer)
 
+    def finish(self, peer: Peer) -> None:
+        """A client will send no more: what it has sent is answered."""
+        peer.is_finished = True
+        self._next(peer)
+
     def answer(self, peer: Peer, command: Command, line: bytes) -> None:
         """A command is done: its client hears *line*, and has its next turn."""
         if peer.is_here:
@@ -164,6 +171,8 @@ class Relay:
         elif peer.is_held and not is_full:
             peer.line.go_on()
         peer.is_held = is_full
+        if peer.is_finished and peer.is_here and not peer.waiting and not peer.is_busy:
+            peer.line.end()
 
     def _carry_out(self, peer: Peer, request: Command | Answer) -> None:
         if isinstance(request, Answer):

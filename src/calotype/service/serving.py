@@ -196,7 +196,12 @@ class Service:
             if not relay.peers:
                 self._nobody.set()
 
-        peer = relay.join(Channel(connection, heard, ended, read_bytes=CLIENT_READ_BYTES))
+        def finished() -> None:
+            relay.finish(peer)
+
+        peer = relay.join(
+            Channel(connection, heard, ended, finished=finished, read_bytes=CLIENT_READ_BYTES)
+        )
         self._nobody.clear()
 
     async def run(self, upstream: Upstream) -> None:
