@@ -5,6 +5,7 @@ that is cancelled, an overlay that is merged and a snapshot that is deleted are 
 """
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from calotype.plan.steps import (
     MergeBackOffline,
     PassInstant,
     SwitchToOverlay,
+    TakeBack,
     ThawFileSystems,
 )
 from calotype.qemu import image_tool, live_merge, migration, process
-from calotype.qemu.monitor import Monitor
+from calotype.qemu.monitor import CommandRefused, Monitor
 from calotype.store import images
 
 
@@ -125,6 +127,13 @@ async def _merge_back_offline(_: World, step: MergeBackOffline) -> None:
     await image_tool.commit(step.overlay)
 
 
+async def _take_back(world: World, step: TakeBack) -> None:
+    """What the action had not done, for the transaction never happened, QEMU does not find."""
+    async with world.controlling() as monitor:
+        with contextlib.suppress(CommandRefused):
+            await monitor.send(step.command, step.arguments)
+
+
 async def _delete_made(world: World, step: DeleteMade) -> None:
     if world.qemu is None and Path(step.image.path).exists():
         await image_tool.mend(step.image)  # QEMU may have died in the midst of making it
@@ -136,5 +145,6 @@ ABANDON_EFFECTS: Effects = {
     ThawFileSystems: Effect(thaw),
     MergeBack: Effect(_merge_back),
     MergeBackOffline: Effect(_merge_back_offline),
+    TakeBack: Effect(_take_back),
     DeleteMade: Effect(_delete_made),
 }

@@ -47,6 +47,8 @@ from calotype.store import files, images
 from calotype.store.store import Store
 
 STATE_FILE = "machine-state"
+INSTANT = "saving"
+"""The phase that progress is told of when the instant has passed: all its parts are of one time."""
 FLUSH_ROUNDS = 3
 FLUSHED_MS = 10.0
 DYING_S = 1.0
@@ -187,6 +189,7 @@ async def _pass_instant(taking: Taking, step: PassInstant) -> None:
         migrate={"uri": uri},
         actions=[qmp_action(action) for action in step.actions],
         limit_ms=step.limit_ms,
+        properties=step.properties,
     )
     try:
         end = await _guarded(taking, step, window)
@@ -198,6 +201,7 @@ async def _pass_instant(taking: Taking, step: PassInstant) -> None:
     if isinstance(end, Failed):
         raise _death(taking.record, end.reason) if taking.qemu is None else _window_error(end)
     taking.accepted = end
+    taking.progress(INSTANT, 0, 0)
     stamp = end.stop_us
     taking.instant = datetime.fromtimestamp(stamp / 1e6, UTC) if stamp else datetime.now(UTC)
 
@@ -205,13 +209,13 @@ async def _pass_instant(taking: Taking, step: PassInstant) -> None:
 async def _guarded(taking: Taking, step: PassInstant, window: Window) -> Accepted | Failed:
     """Pass through the window, a guard standing by to end the pause should we not live to do it."""
     if not step.was_running or step.method == "storage-only":  # nothing is paused by us
-        await _compare_graph(taking.monitor, step)
+        await _compare_graph(taking, step)
         return await pass_through(window, taking.monitor)
     forgetful = taking.pid if step.method == "live-storage-first" else None
     async with launch.guarded(taking.store, taking.record, taking.monitor) as guard:
         await guard.arm(step.limit_ms / 1000, forgetful=forgetful)
         try:
-            await _compare_graph(taking.monitor, step)
+            await _compare_graph(taking, step)
         except BaseException:
             await guard.stand_down()
             raise
@@ -230,8 +234,9 @@ async def _guarded(taking: Taking, step: PassInstant, window: Window) -> Accepte
 _OVERRULED = "the pause reached its limit, and the guard has ended it"
 
 
-async def _compare_graph(monitor: Monitor, step: PassInstant) -> None:
-    if await observe.observe_graph_digest(monitor) != step.graph_digest:
+async def _compare_graph(taking: Taking, step: PassInstant) -> None:
+    opened = {each.node for each in taking.plan.steps if isinstance(each, OpenOverlay)}
+    if await observe.observe_graph_digest(taking.monitor, opened) != step.graph_digest:
         raise ConflictError("the VM's disks changed while the snapshot was prepared", "try again")
 
 
@@ -305,7 +310,7 @@ async def _close_state(taking: Taking, step: CloseState) -> None:
     )
 
 
-async def _commit(taking: Taking, step: Commit) -> None:
+async def _commit(taking: Taking, _: Commit) -> None:
     """Look at the parts once more as they are now for good, and write the manifest."""
     now = asyncio.get_running_loop().time()
     outcome = Outcome(
@@ -314,7 +319,7 @@ async def _commit(taking: Taking, step: Commit) -> None:
         resume_us=taking.accepted.resume_us,
         machine_state=taking.machine_state,
         chains={disk.index: await chain_of(disk.image) for disk in taking.facts.disks},
-        internal=await asyncio.to_thread(find_internal, taking.facts, step.snapshot),
+        internal=await asyncio.to_thread(find_internal, taking.facts, taking.plan),
         total_ms=(now - taking.began) * 1000,
         phases_ms=taking.phases_ms,
         quiesced=taking.quiesced,
@@ -331,15 +336,16 @@ async def _commit(taking: Taking, step: Commit) -> None:
     taking.store.commit(taking.manifest)
 
 
-def find_internal(facts: Facts, snapshot: str) -> dict[int, tuple[str, str]]:
-    """Id and digest of each internal snapshot named after *snapshot*, by disk index."""
-    found = {}
-    for disk in facts.disks:
-        if disk.image.format == "qcow2":
-            for entry in images.read_metadata(Path(disk.image.path)).snapshots:
-                if entry.name == names.internal_name(snapshot):
-                    found[disk.index] = (entry.id, entry.digest)
-    return found
+def find_internal(facts: Facts, plan: TakePlan) -> dict[int, tuple[str, str]]:
+    """Id and digest of each internal snapshot that *plan* makes, by disk index."""
+    made = {disk.index: disk.internal_name for disk in plan.disks if disk.kind == "internal"}
+    return {
+        disk.index: (entry.id, entry.digest)
+        for disk in facts.disks
+        if disk.index in made
+        for entry in images.read_metadata(Path(disk.image.path)).snapshots
+        if entry.name == made[disk.index]
+    }
 
 
 async def _revoke(world: World, step: Commit) -> None:

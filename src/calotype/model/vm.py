@@ -127,6 +127,20 @@ class Stray(Struct, frozen=True):
 
     problem: str
     remedy: str = "take it out of the VM, or start the VM without it"
+    node: str = ""
+    """Which node it is, where it is one that could be accounted for."""
+
+
+class LooseNode(Struct, frozen=True):
+    """A writable node that no device is on."""
+
+    node: str
+    driver: str
+    path: str
+    backing: str = ""
+    """What the image names as what it stands on, as a whole path; "" where it names nothing."""
+    l2_tables: int = 0
+    """How many tables for data a qcow2 has; none in one that was never written to."""
 
 
 class DiskFacts(Struct, frozen=True):
@@ -159,6 +173,8 @@ class DiskFacts(Struct, frozen=True):
     """Whether we may create an overlay beside the origin."""
     may_be_immutable: bool = True
     """Whether a freeze can stop root too: the file system has the flag, and we may set it."""
+    internal_names: frozenset[str] = frozenset()
+    """The names of the snapshots inside the image."""
     filters: tuple[str, ...] = ()
     """The filter nodes between the device and the image, the device's own first."""
 
@@ -248,6 +264,7 @@ class Facts(Struct, frozen=True):
     host: HostFacts
     graph_digest: str
     """Digest of the block graph; compared once more as the last act before `stop`."""
+    loose: tuple[LooseNode, ...] = ()
     exports: tuple[Export, ...] = ()
     networks: tuple[str, ...] = ()
     """`name=type` of each end of a network, the guest's and the host's."""

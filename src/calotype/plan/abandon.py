@@ -26,7 +26,9 @@ from calotype.plan.steps import (
     SnapshotInside,
     Step,
     SwitchToOverlay,
+    TakeBack,
     ThawFileSystems,
+    Verbatim,
 )
 
 Qemu = Literal["same", "other", "gone"]
@@ -65,6 +67,8 @@ def _steps(
         match action:
             case SnapshotInside():
                 yield DeleteMade(action.image, action.name)
+            case Verbatim(take_back=(command, arguments)) if qemu == "same":
+                yield TakeBack(command, arguments)
             case SwitchToOverlay() if (sight := overlays.get(action.overlay)) is not None:
                 if qemu != "gone":
                     yield MergeBack(action.overlay, action.base, action.base_mode, action.merge_job)

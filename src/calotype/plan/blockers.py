@@ -34,7 +34,7 @@ def blockers(
     """What is in the way of taking *request* of the VM as it was seen."""
     yield from _request_blockers(facts, request)
     yield from _machine_blockers(facts, record)
-    yield from _storage_blockers(facts, record, disks)
+    yield from _storage_blockers(facts, record, request, disks)
     yield from _kind_blockers(facts, method)
     yield from _method_blockers(facts, method, request, estimate)
     if request.quiesce:
@@ -93,7 +93,7 @@ def _machine_blockers(facts: Facts, record: VmRecord) -> Iterator[Blocker]:
 
 
 def _storage_blockers(
-    facts: Facts, record: VmRecord, disks: tuple[DiskPlan, ...]
+    facts: Facts, record: VmRecord, request: TakeRequest, disks: tuple[DiskPlan, ...]
 ) -> Iterator[Blocker]:
     for stray in facts.strays:
         yield Blocker(stray.problem, stray.remedy)
@@ -114,7 +114,7 @@ def _storage_blockers(
             )
     for disk in facts.disks:
         yield from _disk_blockers(disk, planned[disk.index].kind)
-    if all(plan.kind == "skip" for plan in disks) and facts.disks:
+    if request.transaction is None and facts.disks and all(plan.kind == "skip" for plan in disks):
         yield Blocker("every disk is skipped", "name at least one disk external or internal")
 
 

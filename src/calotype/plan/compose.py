@@ -55,9 +55,7 @@ def compose_taken(
         method=method,
         run_state=run_state,
         machine_state=outcome.machine_state,
-        storage=tuple(
-            _taken_part(disk, planned[disk.index], plan.snapshot, outcome) for disk in facts.disks
-        ),
+        storage=tuple(_taken_part(disk, planned[disk.index], outcome) for disk in facts.disks),
         read_only=facts.read_only,
         topology=facts.topology,
         definition=definition,
@@ -69,7 +67,7 @@ def compose_taken(
     )
 
 
-def _taken_part(disk: DiskFacts, plan: DiskPlan, snapshot: str, outcome: Outcome) -> StoragePart:
+def _taken_part(disk: DiskFacts, plan: DiskPlan, outcome: Outcome) -> StoragePart:
     internal_id, internal_digest = outcome.internal.get(disk.index, ("", ""))
     layers = outcome.chains.get(disk.index, ())
     return StoragePart(
@@ -83,7 +81,7 @@ def _taken_part(disk: DiskFacts, plan: DiskPlan, snapshot: str, outcome: Outcome
         layers=() if plan.kind == "skip" else layers[1:] if plan.kind == "internal" else layers,
         virtual_size_bytes=disk.virtual_size_bytes,
         internal_id=internal_id,
-        internal_name=names.internal_name(snapshot) if plan.kind == "internal" else "",
+        internal_name=plan.internal_name,
         internal_digest=internal_digest,
     )
 

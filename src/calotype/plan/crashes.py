@@ -50,6 +50,7 @@ from calotype.plan.steps import (
     SetMigration,
     StartQemu,
     Step,
+    TakeBack,
     TakePath,
     ThawFileSystems,
 )
@@ -96,6 +97,7 @@ CRASHES: Mapping[type[Step], Crash] = {
     EndPause: Crash("a guest that runs, and no save", "is done"),
     MergeBack: Crash("a disk on its base again; perhaps a job that concluded", "dismisses the job"),
     MergeBackOffline: Crash("an overlay whose content is in its base too", "removes it"),
+    TakeBack: Crash("QEMU without what the action made", "is done"),
     DeleteMade: Crash("an image without the internal snapshot", "is done"),
     ApplyInside: Crash(
         "an image gone back to a snapshot inside it, its content from before kept inside as well",

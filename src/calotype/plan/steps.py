@@ -113,8 +113,16 @@ class SnapshotInside(Struct, frozen=True, tag=True):
     image: Image
 
 
-StorageAction = SwitchToOverlay | SnapshotInside
-"""What happens to one disk inside the window."""
+class Verbatim(Struct, frozen=True, tag=True):
+    """Carry out an action that a caller gave, as it was given."""
+
+    action: dict[str, Any]
+    take_back: tuple[str, dict[str, Any]] | None
+    """The command that takes it back; None where there is none."""
+
+
+StorageAction = SwitchToOverlay | SnapshotInside | Verbatim
+"""What happens to one disk inside the window, or beside the disks."""
 
 
 class PassInstant(Step, frozen=True):
@@ -128,6 +136,8 @@ class PassInstant(Step, frozen=True):
     graph_digest: str
     agent: str = ""
     """The socket of the agent that has frozen the guest's file systems; "" where none has."""
+    properties: dict[str, Any] = {}
+    """Of the transaction (qapi/transaction.json, TransactionProperties)."""
 
 
 class RecordAhead(Step, frozen=True):
@@ -195,6 +205,13 @@ class MergeBackOffline(Step, frozen=True):
     overlay: str
     base: Image
     base_mode: int
+
+
+class TakeBack(Step, frozen=True):
+    """Give QEMU the command that takes back what an action of the transaction did."""
+
+    command: str
+    arguments: dict[str, Any]
 
 
 class DeleteMade(Step, frozen=True):
@@ -437,6 +454,7 @@ AnyStep = (
     | EndPause
     | MergeBack
     | MergeBackOffline
+    | TakeBack
     | DeleteMade
     | ApplyInside
     | ExtractInside
@@ -474,3 +492,5 @@ def qmp_action(action: StorageAction) -> dict[str, Any]:
         case SnapshotInside():
             data = {"device": action.node, "name": action.name}
             return {"type": "blockdev-snapshot-internal-sync", "data": data}
+        case Verbatim():
+            return action.action

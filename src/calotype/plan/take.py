@@ -7,10 +7,13 @@ the first thing, and it is printed the same. Only the engine refuses to carry it
 
 from collections.abc import Callable, Iterator, Mapping
 
+from msgspec.structs import replace
+
 from calotype.model import names
 from calotype.model.snapshot import StorageKind
 from calotype.model.vm import DiskFacts, Facts, Image, MigrationFacts, VmRecord
 from calotype.plan.blockers import blockers
+from calotype.plan.given import Given, read_given, taken_back
 from calotype.plan.kinds import Kind, kind_of
 from calotype.plan.steps import (
     AwaitSave,
@@ -32,10 +35,13 @@ from calotype.plan.steps import (
     StorageAction,
     SwitchToOverlay,
     ThawFileSystems,
+    Verbatim,
 )
 from calotype.plan.take_plan import (
+    Blocker,
     DiskPlan,
     Estimate,
+    GivenDisk,
     TakePlan,
     TakeRequest,
     gives_back_run_state,
@@ -61,7 +67,8 @@ def plan_take(facts: Facts, record: VmRecord, request: TakeRequest, snapshot: st
     Returns:
         The plan; its `blockers` are empty if it can be carried out.
     """
-    disks = _plan_disks(facts, request, snapshot)
+    given = None if request.transaction is None else read_given(facts, request.transaction)
+    disks = _plan_disks(facts, request, snapshot, given)
     method, method_reason = _choose_method(facts, request)
     estimate = _estimate(facts, method, disks)
     return TakePlan(
@@ -71,17 +78,43 @@ def plan_take(facts: Facts, record: VmRecord, request: TakeRequest, snapshot: st
         method_reason=method_reason,
         disks=disks,
         estimate=estimate,
-        blockers=tuple(blockers(facts, record, request, method, disks, estimate)),
+        blockers=tuple(_blockers(facts, record, request, method, disks, estimate, given)),
         warnings=tuple(_warnings(facts, request, disks, method)),
-        steps=tuple(_steps(facts, record, request, snapshot, method, disks, estimate)),
+        steps=tuple(_steps(facts, record, request, snapshot, method, disks, estimate, given)),
     )
+
+
+def _blockers(
+    facts: Facts,
+    record: VmRecord,
+    request: TakeRequest,
+    method: WindowMethod,
+    disks: tuple[DiskPlan, ...],
+    estimate: Estimate,
+    given: Given | None,
+) -> Iterator[Blocker]:
+    """What is in the way; what the actions of a transaction name is not."""
+    if given is None:
+        yield from blockers(facts, record, request, method, disks, estimate)
+        return
+    strays = tuple(stray for stray in facts.strays if stray.node not in given.accounted)
+    named = replace(facts, strays=strays, bitmaps=())
+    yield from blockers(named, record, request, method, disks, estimate)
+    yield from given.blockers
 
 
 # --- disks ---------------------------------------------------------------------------------------
 
 
-def _plan_disks(facts: Facts, request: TakeRequest, snapshot: str) -> tuple[DiskPlan, ...]:
-    writable = tuple(_plan_disk(disk, request, snapshot) for disk in facts.disks)
+def _plan_disks(
+    facts: Facts, request: TakeRequest, snapshot: str, given: Given | None
+) -> tuple[DiskPlan, ...]:
+    writable = tuple(
+        _plan_disk(disk, request, snapshot)
+        if given is None
+        else _plan_given(disk, given.disks.get(disk.index, _LEFT_ALONE), snapshot)
+        for disk in facts.disks
+    )
     read_only = tuple(
         DiskPlan(
             index=-1,
@@ -108,6 +141,30 @@ def _plan_disk(disk: DiskFacts, request: TakeRequest, snapshot: str) -> DiskPlan
         image=disk.image,
         overlay=names.overlay_path(disk.origin.path, snapshot) if kind == "external" else "",
         pause_ms=_PAUSE_MS[kind](disk),
+        overlay_node=names.overlay_node(snapshot, disk.index) if kind == "external" else "",
+        is_made=kind == "external",
+        internal_name=names.internal_name(snapshot) if kind == "internal" else "",
+        device=disk.root,
+    )
+
+
+_LEFT_ALONE = GivenDisk("skip")
+
+
+def _plan_given(disk: DiskFacts, given: GivenDisk, snapshot: str) -> DiskPlan:
+    node = given.node or names.overlay_node(snapshot, disk.index)
+    return DiskPlan(
+        index=disk.index,
+        disk=disk.name,
+        kind=given.kind,
+        reason="no action is about it" if given.kind == "skip" else "an action is about it",
+        image=disk.image,
+        overlay=given.overlay,
+        pause_ms=_PAUSE_MS[given.kind](disk),
+        overlay_node=node if given.kind == "external" else "",
+        is_made=given.is_made,
+        internal_name=given.internal_name,
+        device=given.device,
     )
 
 
@@ -222,6 +279,7 @@ def _steps(
     method: WindowMethod,
     disks: tuple[DiskPlan, ...],
     estimate: Estimate,
+    given: Given | None,
 ) -> Iterator[Step]:
     external = [(disk, plan) for disk, plan in zip(facts.disks, disks, strict=False)
                 if plan.kind == "external"]  # fmt: skip
@@ -230,12 +288,13 @@ def _steps(
     before = {disk.index: disk.active for disk in record.disks}
     now = before | {disk.index: Image(plan.overlay, "qcow2") for disk, plan in external}
 
+    made = [(disk, plan) for disk, plan in external if plan.is_made]
     yield MakeSnapshotFolder(snapshot)
-    for disk, plan in external:
+    for disk, plan in made:
         yield CreateOverlay(plan.overlay, disk.image, disk.virtual_size_bytes)
-    for disk, plan in external:
+    for disk, plan in made:
         yield OpenOverlay(
-            node=names.overlay_node(snapshot, disk.index),
+            node=plan.overlay_node,
             overlay=plan.overlay,
             cache_direct=disk.cache_direct,
             cache_no_flush=disk.cache_no_flush,
@@ -246,7 +305,7 @@ def _steps(
         yield OpenState(snapshot, fdset)
         yield set_migration(facts.migration, method)
     yield FlushImages(tuple(disk.image.path for disk in facts.disks if disk.is_regular_file))
-    yield from _instant_steps(facts, request, snapshot, method, disks, fdset)
+    yield from _instant_steps(facts, request, snapshot, method, disks, fdset, given)
     if has_state:
         yield AwaitSave(snapshot, estimate.bytes)
         yield _put_back(set_migration(facts.migration, method))
@@ -262,6 +321,7 @@ def _instant_steps(
     method: WindowMethod,
     disks: tuple[DiskPlan, ...],
     fdset: int,
+    given: Given | None,
 ) -> Iterator[Step]:
     """The instant, the guest's file systems frozen around it if that was asked for."""
     is_quiesced = request.quiesce and method == "storage-only"
@@ -272,28 +332,41 @@ def _instant_steps(
         method=method,
         was_running=facts.run_state == "running",
         fdset=fdset,
-        actions=tuple(_actions(facts, disks, snapshot)),
+        actions=tuple(_actions(facts, disks, snapshot, given)),
         limit_ms=request.pause_limit_ms,
         graph_digest=facts.graph_digest,
         agent=agent,
+        properties=request.transaction.properties if request.transaction else {},
     )
     if agent:
         yield ThawFileSystems(agent)
 
 
-def _actions(facts: Facts, disks: tuple[DiskPlan, ...], snapshot: str) -> Iterator[StorageAction]:
-    for disk, plan in zip(facts.disks, disks, strict=False):
-        if plan.kind == "external":
-            yield SwitchToOverlay(
-                node=disk.node,
-                overlay_node=names.overlay_node(snapshot, disk.index),
-                overlay=plan.overlay,
-                base=disk.image,
-                base_mode=disk.mode,
-                merge_job=names.merge_job(snapshot, disk.index),
-            )
-        elif plan.kind == "internal":
-            yield SnapshotInside(disk.root, names.internal_name(snapshot), disk.image)
+def _actions(
+    facts: Facts, disks: tuple[DiskPlan, ...], snapshot: str, given: Given | None
+) -> Iterator[StorageAction]:
+    """What happens at the instant: to each disk in turn, or in the order that was given."""
+    order = tuple(disk.index for disk in facts.disks) if given is None else given.order
+    pairs = {disk.index: (disk, plan) for disk, plan in zip(facts.disks, disks, strict=False)}
+    for each in order:
+        if not isinstance(each, int):
+            yield Verbatim(dict(each), taken_back(each))
+        else:
+            yield from _action(*pairs[each], snapshot)
+
+
+def _action(disk: DiskFacts, plan: DiskPlan, snapshot: str) -> Iterator[StorageAction]:
+    if plan.kind == "external":
+        yield SwitchToOverlay(
+            node=disk.node,
+            overlay_node=plan.overlay_node,
+            overlay=plan.overlay,
+            base=disk.image,
+            base_mode=disk.mode,
+            merge_job=names.merge_job(snapshot, disk.index),
+        )
+    elif plan.kind == "internal":
+        yield SnapshotInside(plan.device, plan.internal_name, disk.image)
 
 
 def _fdset(snapshot: str) -> int:

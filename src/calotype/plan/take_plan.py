@@ -1,7 +1,7 @@
 """What a take is asked for, and what it is planned to do: the values that planning is about."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -10,6 +10,28 @@ from calotype.model.snapshot import MachineStateKind, StorageKind
 from calotype.model.vm import Facts, Image
 from calotype.plan.steps import Step
 from calotype.plan.window import WindowMethod
+
+
+class GivenDisk(Struct, frozen=True):
+    """What an action of a transaction does to a disk, in its caller's names."""
+
+    kind: StorageKind
+    overlay: str = ""
+    """The path of the overlay (external)."""
+    node: str = ""
+    """The node of the overlay; "" for one of our names."""
+    is_made: bool = False
+    """Whether the overlay is still to be made and opened."""
+    internal_name: str = ""
+    device: str = ""
+    """What QEMU is told that a snapshot is made inside of."""
+
+
+class Transaction(Struct, frozen=True):
+    """The storage actions that happen at the instant, as QEMU's `transaction` takes them."""
+
+    actions: tuple[dict[str, Any], ...]
+    properties: dict[str, Any] = {}
 
 
 class TakeRequest(Struct, frozen=True):
@@ -24,6 +46,8 @@ class TakeRequest(Struct, frozen=True):
     """Have the agent in the guest freeze its file systems meanwhile."""
     freeze_limit_ms: float = 10_000.0
     """After how long they are thawed, whatever happens."""
+    transaction: Transaction | None = None
+    """What happens to the disks, in place of *disks*; who is not named in it is left alone."""
 
 
 class Blocker(Struct, frozen=True):
@@ -44,6 +68,13 @@ class DiskPlan(Struct, frozen=True):
     overlay: str
     pause_ms: float
     """Its share of the estimated pause."""
+    overlay_node: str = ""
+    """What the overlay's node is called."""
+    is_made: bool = False
+    """Whether the overlay is made by this snapshot."""
+    internal_name: str = ""
+    device: str = ""
+    """What QEMU is told that a snapshot is made inside of."""
 
 
 class Estimate(Struct, frozen=True):

@@ -231,6 +231,7 @@ class Window:
         was_running: Whether the VM runs now; if not, it is neither stopped nor continued.
         migrate: The arguments of `migrate`; unused where the method has no machine state.
         actions: The actions of the storage `transaction`; may be empty.
+        properties: Of the transaction, where it has any.
         limit_ms: After how many milliseconds the window is given up.
     """
 
@@ -242,6 +243,7 @@ class Window:
         migrate: Mapping[str, Any],
         actions: Sequence[Mapping[str, Any]],
         limit_ms: float,
+        properties: Mapping[str, Any] | None = None,
     ) -> None:
         self.state = State.BEGIN
         self._table = TABLES[method, was_running]
@@ -249,7 +251,10 @@ class Window:
         self._limit_ms = limit_ms
         self._arguments: dict[str, Mapping[str, Any]] = {
             "migrate": migrate,
-            "transaction": {"actions": list(actions)},
+            "transaction": {
+                "actions": list(actions),
+                **({"properties": properties} if properties else {}),
+            },
         }
         self._sent: set[str] = set()
         self._stop_us: int | None = None

@@ -7,7 +7,7 @@ them, and what is looked for by a device is the image under its filters. Some co
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,13 +107,17 @@ def below(roots: set[str], blocks: Blocks) -> set[str]:
     return reached
 
 
-def digest(blocks: Blocks) -> str:
-    """A digest of what stands on what, without sizes and without overlays that only wait open."""
+def digest(blocks: Blocks, opened: Collection[str] = ()) -> str:
+    """A digest of what stands on what, without sizes and without overlays that only wait open.
+
+    Those have names of ours; *opened* are others that were opened to wait.
+    """
     attached = [
         (backend["device"], backend.get("qdev"), root(backend)) for backend in blocks.backends
     ]
     in_use = below({name for _, _, name in attached}, blocks)
-    ours = {node["node-name"] for node in blocks.nodes if node["node-name"].startswith(OURS)}
+    names = {node["node-name"] for node in blocks.nodes}
+    ours = {name for name in names if name.startswith(OURS) or name in opened}
     waiting = below(ours - in_use, blocks)
     where = files(blocks)
     standing = [

@@ -9,7 +9,7 @@ definition, or is of a kind that cannot be frozen, is a *stray*; the plan refuse
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from calotype.model.vm import (
     HostFacts,
     Image,
     ImageFacts,
+    LooseNode,
     MigrationFacts,
     Process,
     ReadOnlyDisk,
@@ -81,6 +82,7 @@ async def observe(monitor: Monitor, record: VmRecord, qemu: Process, store: Path
         strays=tuple(_strays(found, blocks)),
         block_jobs=tuple(job["device"] for job in await monitor.execute("query-block-jobs")),
         bitmaps=tuple(_bitmaps(blocks)),
+        loose=tuple(await asyncio.to_thread(lambda: tuple(_loose(blocks)))),
         exports=tuple(
             Export(each["id"], each["type"], each["node-name"])
             for each in await monitor.execute("query-block-exports")
@@ -93,9 +95,14 @@ async def observe(monitor: Monitor, record: VmRecord, qemu: Process, store: Path
     )
 
 
-async def observe_graph_digest(monitor: Monitor) -> str:
-    """The digest of the block graph alone, to be compared as the last act before `stop`."""
-    return digest(await read_blocks(monitor))
+async def observe_graph_digest(monitor: Monitor, opened: Collection[str] = ()) -> str:
+    """The digest of the block graph alone, to be compared as the last act before `stop`.
+
+    Args:
+        monitor: A connection to QEMU.
+        opened: Nodes that were opened since, and that no device is on yet.
+    """
+    return digest(await read_blocks(monitor), opened)
 
 
 async def active_paths(monitor: Monitor) -> set[str]:
@@ -229,6 +236,7 @@ def _disk(disk: DiskRecord, backend: Mapping[str, Any], blocks: Blocks) -> DiskF
         qdev=backend.get("qdev", ""),
         node=node["node-name"],
         filters=filters(blocks, backend),
+        internal_names=frozenset(each.name for each in tables.snapshots) if tables else frozenset(),
         image=Image(disk.active.path, _format(node)),
         virtual_size_bytes=node["image"]["virtual-size"],
         chain=tuple(image_chain(disk.active)),
@@ -291,6 +299,7 @@ def _strays(found: list[Joined], blocks: Blocks) -> Iterator[Stray]:
     roots = {root(backend) for _, backend in found}
     accounted = below(roots, blocks)
     users = {root(backend): backend["device"] or backend.get("qdev") for backend in blocks.backends}
+    loose = _loose_roots(blocks)
     for parent, role, _ in edges(blocks):
         if parent in accounted and role not in ("file", "backing"):
             yield Stray(f"node {parent!r} keeps data in another file ({role})")
@@ -303,8 +312,34 @@ def _strays(found: list[Joined], blocks: Blocks) -> Iterator[Stray]:
         elif name not in accounted:
             user = f" of {users[name]!r}" if users.get(name) else ""
             yield Stray(
-                f"writable node {name!r}{user} on {node['file']!r} is no disk of the definition"
+                f"writable node {name!r}{user} on {node['file']!r} is no disk of the definition",
+                node=loose.get(name, ""),
             )
+
+
+def _loose_roots(blocks: Blocks) -> dict[str, str]:
+    """Each node that no device is on, with the topmost that stands on it or is it."""
+    attached = below({root(backend) for backend in blocks.backends}, blocks)
+    children = {child for _, _, child in edges(blocks)}
+    tops = {node["node-name"] for node in blocks.nodes} - children - attached
+    return {name: top for top in tops for name in below({top}, blocks) - attached}
+
+
+def _loose(blocks: Blocks) -> Iterator[LooseNode]:
+    """The images that are open for writing and that no device is on; reads their metadata."""
+    tops, where = set(_loose_roots(blocks).values()), files(blocks)
+    for node in blocks.nodes:
+        name = node["node-name"]
+        path = Path(where[name])
+        if node["ro"] or name not in tops or node["drv"] not in ("qcow2", "raw"):
+            continue
+        if node["drv"] != "qcow2" or not path.is_file():
+            yield LooseNode(name, node["drv"], str(path))
+            continue
+        tables = images.read_metadata(path)
+        below_it = images.backing_chain(path, "qcow2")[1:2]
+        backing = str(below_it[0][0]) if below_it else ""
+        yield LooseNode(name, "qcow2", str(path), backing, tables.l2_tables)
 
 
 def _unfit(node: Mapping[str, Any], user: str | None) -> Stray:

@@ -197,7 +197,6 @@ ACTIONS: Mapping[str, Action] = {each.name: each for each in _ACTIONS}
 """The actions that the service takes out of a `transaction`, by name."""
 
 UNSERVED: Mapping[str, str] = {
-    "machine-state-save": "the action of `transaction` is refused: use `system-snapshot-save`",
     "internal": "the destination is refused: use `external`",
     "image": "the destination is refused: use `external`",
     "replace": "the policy is refused: delete the old snapshot, or name another tag",

@@ -6,19 +6,22 @@ blockers. From then on the job tells.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from msgspec.structs import replace
 
 from calotype.engine import operations, select
 from calotype.engine.changing import BEGUN
 from calotype.engine.deletion import delete
 from calotype.engine.progress import Progress
+from calotype.engine.take_effects import INSTANT
 from calotype.errors import CalotypeError
 from calotype.model import names
 from calotype.model.snapshot import Manifest
 from calotype.plan.delete import DeleteRequest
 from calotype.plan.restore_plan import RestoreRequest
-from calotype.plan.take_plan import TakePlan, TakeRequest
+from calotype.plan.take_plan import TakePlan, TakeRequest, Transaction
 from calotype.qmp import commands, vocabulary
 from calotype.qmp.server import Command, Refusal
 from calotype.qmp.visiting import ParameterError, visit
@@ -94,9 +97,9 @@ class Own:
         Raises:
             Refusal: It cannot be carried out.
         """
-        if command.name == TRANSACTION:
-            raise unserved("machine-state-save")
         try:
+            if command.name == TRANSACTION:
+                return await self._transact(command.arguments)
             declared = commands.COMMANDS[command.name].arguments
             arguments = visit(declared, command.arguments)
             return await self._commands[command.name](arguments)
@@ -105,10 +108,32 @@ class Own:
         except CalotypeError as error:
             raise Refusal(_words(error)) from error
 
+    # --- the transaction ---------------------------------------------------------------------
+
+    async def _transact(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry out a transaction with an action of ours; answered when the instant has passed."""
+        place, others = split(arguments)
+        data = arguments["actions"][place].get("data")
+        asked = visit(commands.MachineStateSave, data, f"actions[{place}].data")
+        request = replace(
+            take_request(asked, asked.destination, ()),
+            transaction=Transaction(others, arguments.get("properties", {})),
+        )
+        return await self._take(asked, request, answered_at=INSTANT)
+
     # --- the commands --------------------------------------------------------------------------
 
     async def _save(self, asked: commands.SaveArguments) -> dict[str, Any]:
-        request = take_request(asked)
+        request = take_request(asked, asked.machine_state, asked.storage)
+        return await self._take(asked, request, answered_at=BEGUN)
+
+    async def _take(
+        self,
+        asked: commands.SaveArguments | commands.MachineStateSave,
+        request: TakeRequest,
+        answered_at: str,
+    ) -> dict[str, Any]:
+        names.check_tag(asked.tag or "")
         self._refuse_taken(asked.tag)
 
         async def save(progress: Progress) -> Done:
@@ -122,7 +147,7 @@ class Own:
             )
             return Done(manifest.id, manifest.tag, manifest.timings.pause_ms)
 
-        return await self._begin(asked.job_id, "system-snapshot-save", "SAVED", save)
+        return await self._begin(asked.job_id, "system-snapshot-save", "SAVED", save, answered_at)
 
     async def _load(self, asked: commands.LoadArguments) -> dict[str, Any]:
         entry = self._selected(asked.tag, asked.id)
@@ -147,7 +172,7 @@ class Own:
         return await self._begin(asked.job_id, "system-snapshot-delete", "DELETED", remove)
 
     async def _plan(self, asked: commands.PlanArguments) -> vocabulary.SystemSnapshotPlan:
-        request = take_request(asked)
+        request = take_request(asked, asked.machine_state, asked.storage)
         return planned(
             asked.machine_state,
             await self._work.begin(operations.plan_only(self._store, self._name, request)).ended,
@@ -178,9 +203,14 @@ class Own:
     # --- jobs ----------------------------------------------------------------------------------
 
     async def _begin(
-        self, job_id: str, kind: str, event: str, operation: _Operation
+        self,
+        job_id: str,
+        kind: str,
+        event: str,
+        operation: _Operation,
+        answered_at: str = BEGUN,
     ) -> dict[str, Any]:
-        """Begin an operation as a job; returns when its first step has begun.
+        """Begin an operation as a job; returns when the phase *answered_at* has begun.
 
         Raises:
             Refusal: The name of the job is taken.
@@ -193,7 +223,7 @@ class Own:
             loop.call_soon_threadsafe(note, phase, done_bytes, expected_bytes)
 
         def note(phase: str, done_bytes: int, expected_bytes: int) -> None:
-            if phase == BEGUN and not begun.done():
+            if phase == answered_at and not begun.done():
                 begun.set_result(None)
             job.done_bytes = max(job.done_bytes, done_bytes)
             job.expected_bytes = max(job.expected_bytes, expected_bytes)
@@ -228,18 +258,53 @@ class Own:
 # --- what is asked, and what is told --------------------------------------------------------------
 
 
-def take_request(asked: commands.SystemSnapshotRequest) -> TakeRequest:
+def split(arguments: Mapping[str, Any]) -> tuple[int, tuple[dict[str, Any], ...]]:
+    """The place of our action in a transaction, and all others, as they were given.
+
+    Raises:
+        Refusal: There are two of ours, or what is there beside is none that QEMU would take.
+    """
+    for unexpected in sorted(arguments.keys() - {"actions", "properties"}):
+        raise Refusal(f"Parameter '{unexpected}' is unexpected")
+    if not isinstance(arguments.get("properties", {}), dict):
+        raise Refusal("Invalid parameter type for 'properties', expected: object")
+    actions = arguments["actions"]
+    for place, action in enumerate(actions):
+        _check_action(f"actions[{place}]", action)
+    places = [place for place, each in enumerate(actions) if each["type"] in commands.ACTIONS]
+    if len(places) > 1:
+        raise Refusal("a transaction has one machine state: machine-state-save is there twice")
+    return places[0], tuple(each for each in actions if each["type"] not in commands.ACTIONS)
+
+
+def _check_action(at: str, action: Any) -> None:
+    """Refuse an action that is no object of a type and its data, in QEMU's words."""
+    if not isinstance(action, dict):
+        raise Refusal(f"Invalid parameter type for '{at}', expected: object")
+    if "type" not in action:
+        raise Refusal(f"Parameter '{at}.type' is missing")
+    if not isinstance(action["type"], str):
+        raise Refusal(f"Invalid parameter type for '{at}.type', expected: string")
+    if "data" not in action:
+        raise Refusal(f"Parameter '{at}.data' is missing")
+    if not isinstance(action["data"], dict):
+        raise Refusal(f"Invalid parameter type for '{at}.data', expected: object")
+
+
+def take_request(
+    asked: commands.SaveOptions,
+    destination: vocabulary.MachineStateDestination,
+    storage: Sequence[vocabulary.StorageSnapshotSpec],
+) -> TakeRequest:
     """What a save, or a plan of one, is asked for.
 
     Raises:
         Refusal: It cannot be kept, or is none that can be carried out.
         CalotypeError: The tag or the description cannot be kept.
     """
-    names.check_tag(asked.tag or "")
     names.check_description(asked.description or "")
     if asked.on_conflict == "replace":
         raise unserved("replace")
-    destination = asked.machine_state
     if isinstance(destination, vocabulary.MachineStateInternal):
         raise unserved("internal")
     if isinstance(destination, vocabulary.MachineStateImage):
@@ -247,7 +312,7 @@ def take_request(asked: commands.SystemSnapshotRequest) -> TakeRequest:
     if not LEAST_PAUSE_LIMIT_MS <= asked.pause_limit_ms < float("inf"):
         raise Refusal("Parameter 'pause-limit-ms' is to be at least 1, and finite")
     kinds: dict[str, Any] = {}
-    for spec in asked.storage:
+    for spec in storage:
         if spec.node_name in kinds:
             raise Refusal(f"Parameter 'storage' names '{spec.node_name}' twice")
         kinds[spec.node_name] = spec.kind
