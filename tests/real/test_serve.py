@@ -126,6 +126,23 @@ def test_qmp_shell_speaks_to_it(served: Path) -> None:
     assert '"status": "prelaunch"' in done.stdout, done
 
 
+def test_descriptors_that_come_at_once_reach_the_commands_that_they_came_with(
+    served: Path, tmp_path: Path
+) -> None:
+    with Qmp(served) as qmp:
+        for number in range(6):
+            path = tmp_path / f"file{number}"
+            path.touch()
+            with path.open() as file:
+                qmp.send("add-fd", file.fileno(), fdset_id=number, opaque=str(number))
+        added = [qmp.answer()["return"] for _ in range(6)]
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(served.parent / "monitor.sock"))
+            pid = int.from_bytes(probe.getsockopt(1, socket.SO_PEERCRED, 12)[:4], "little")
+        links = [Path(f"/proc/{pid}/fd/{each['fd']}").readlink().name for each in added]
+        assert links == [f"file{number}" for number in range(6)]
+
+
 # --- clients that misbehave -----------------------------------------------------------------------
 
 
@@ -138,6 +155,23 @@ def test_one_that_sends_nonsense_hurts_nobody_else(served: Path) -> None:
             for _ in range(1000):
                 hostile.send(b"x" * 4096)
         assert qmp.ask("query-status")["status"] == "prelaunch"
+
+
+def test_a_command_without_measure_is_refused_and_nobody_else_waits(served: Path) -> None:
+    with Qmp(served) as qmp, Qmp(served) as hostile:
+        huge = b'{"execute": "query-name", "arguments": {"a": "' + b"e" * (2 << 20) + b'"}}'
+        hostile.socket.sendall(huge)
+        assert "error" in hostile.answer()
+        assert qmp.ask("query-status")["status"] == "prelaunch"
+
+
+def test_those_that_hang_up_at_once_leave_nothing(folder: Path) -> None:
+    with bare_qemu(folder) as monitor, serving(folder, "--upstream", str(monitor)) as path:
+        for _ in range(20):
+            with socket.socket(socket.AF_UNIX) as hasty:
+                hasty.connect(str(path))
+        with Qmp(path) as qmp:
+            qmp.ask("query-status")
 
 
 def test_one_that_never_reads_is_cut_off(served: Path) -> None:
@@ -332,18 +366,13 @@ def test_a_plan_is_no_job_and_changes_nothing(machine: Machine, qmp: Qmp) -> Non
                 ({"storage": [{"node-name": "n", "kind": "skip"}] * 2}, "names 'n' twice"),
             )
         ),
-        (
-            "transaction",
-            {"actions": [{"type": "machine-state-save", "data": {}}]},
-            "is not served yet",
-        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_is_no_job(
     machine: Machine, qmp: Qmp, command: str, arguments: dict[str, Any], said: str
 ) -> None:
     before = machine.picture()
-    given = arguments if command == "transaction" else {"job_id": "job"} | arguments
+    given = {"job_id": "job"} | arguments
     assert said in qmp.refusal(command, **given)
     assert qmp.ask("query-jobs") == []
     assert machine.picture() == before
@@ -373,6 +402,59 @@ def test_a_job_has_a_name_that_no_other_has(qmp: Qmp) -> None:
     qmp.ask("job-dismiss", id="job")
     assert qmp.ask("query-jobs") == []
     assert "not found" in qmp.refusal("job-dismiss", id="job").lower()
+
+
+def test_a_name_of_a_job_is_not_given_twice_by_qemu_either(machine: Machine, qmp: Qmp) -> None:
+    file = str(machine.folder / "made.raw")
+    Path(file).touch()
+    qmp.ask("blockdev-add", driver="file", node_name="made", filename=file)
+    options = {"driver": "raw", "file": "made", "size": 1 << 20}
+    create = {"driver": "file", "filename": file, "size": 1 << 20}
+    qmp.ask("blockdev-create", job_id="theirs", options=create)
+    none = {"type": "none"}
+    said = qmp.refusal("system-snapshot-save", job_id="theirs", machine_state=none)
+    assert said == "Job ID 'theirs' already in use"
+    qmp.ask("blockdev-del", node_name="made")
+    qmp.await_event("JOB_STATUS_CHANGE", id="theirs", status="concluded")
+    qmp.ask("system-snapshot-save", job_id="ours", machine_state=none)
+    said = qmp.refusal("blockdev-create", job_id="ours", options=options)
+    assert said == "Job ID 'ours' already in use"
+
+
+def test_our_commands_are_not_out_of_band(machine: Machine) -> None:
+    with (
+        serving(machine.folder, machine.name, store=machine.store) as path,
+        socket.socket(socket.AF_UNIX) as connection,
+    ):
+        connection.connect(str(path))
+        lines = connection.makefile("rb")
+        lines.readline()
+        connection.sendall(
+            b'{"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}'
+            b'{"exec-oob": "query-system-snapshots"} {"exec-oob": "migrate-pause", "id": 2}'
+        )
+        connection.shutdown(socket.SHUT_WR)
+        answers = lines.read()
+    assert b"The command query-system-snapshots does not support OOB" in answers
+    assert b'"id": 2' in answers
+
+
+def test_a_delete_cannot_be_cancelled_for_nothing_of_it_can_be_undone(qmp: Qmp) -> None:
+    qmp.run_job("system-snapshot-save", tag="one", machine_state={"type": "none"})
+    qmp.ask("system-snapshot-delete", job_id="going", tag="one")
+    assert "cannot accept command verb 'cancel'" in qmp.refusal("job-cancel", id="going")
+    assert qmp.await_event("SYSTEM_SNAPSHOT_DELETED")["tag"] == "one"
+
+
+def test_the_last_that_is_told_of_a_guest_that_was_loaded_is_that_it_runs(qmp: Qmp) -> None:
+    qmp.run_job("system-snapshot-save", tag="one", machine_state=EXTERNAL)
+    qmp.events.clear()
+    qmp.run_job("system-snapshot-load", tag="one")
+    qmp.await_event("SYSTEM_SNAPSHOT_LOADED")
+    while not any(event["event"] == "RESUME" for event in qmp.events):
+        qmp.events.append(qmp.read())
+    told = [each["event"] for each in qmp.events if each["event"] in ("STOP", "RESUME")]
+    assert told[-1] == "RESUME"
 
 
 def test_the_command_line_works_while_it_is_served(machine: Machine, qmp: Qmp) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import click
 
 from calotype.cli import completing
-from calotype.cli.output import Settings, common, one_line, run_async
+from calotype.cli.output import SCHEMA, Settings, common, one_line, run_async
 from calotype.cli.place import working_directory
 from calotype.errors import ConflictError, HostError, RequestError
 
@@ -58,7 +59,8 @@ async def _serve(
     path = _absolute(upstream) if vm is None else vm.upstream
     with Work() as work:
         async with serving(path, vm, listener, work) as running:
-            click.echo(one_line(f"listening on {where}"))
+            told = json.dumps({"schema": SCHEMA, "listening": where})
+            click.echo(told if settings.as_json else one_line(f"listening on {where}"))
             with contextlib.suppress(asyncio.CancelledError):  # how one ends a service
                 await running
 

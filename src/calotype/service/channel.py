@@ -29,6 +29,7 @@ class Channel:
         ended: Called once, when the connection is over, whoever ended it.
         finished: Called when the other has said all that it will, and may still read; without it
             the connection is closed then.
+        unsent_bytes: How much is kept that is not read, before the other is cut off; None: all.
         read_bytes: How much is read at once: between two reads everybody else has a turn.
     """
 
@@ -39,6 +40,7 @@ class Channel:
         ended: Callable[[], None],
         *,
         finished: Callable[[], None] | None = None,
+        unsent_bytes: int | None = UNSENT_BYTES,
         read_bytes: int = 1 << 16,
     ) -> None:
         connection.setblocking(False)
@@ -47,6 +49,7 @@ class Channel:
         self._ended = ended
         self._finished = finished
         self._read_bytes = read_bytes
+        self._limit_bytes = unsent_bytes
         self._loop = asyncio.get_running_loop()
         self._unsent: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._unsent_bytes = 0
@@ -65,7 +68,7 @@ class Channel:
         self._unsent_bytes += len(data)
         if len(self._unsent) == 1:
             self._write()
-        if self.is_open and self._unsent_bytes > UNSENT_BYTES:
+        if self._limit_bytes is not None and self._unsent_bytes > self._limit_bytes:
             self.close()
 
     def hold(self) -> None:

@@ -45,10 +45,10 @@ class Job:
     Args:
         name: What the client calls it.
         kind: Such as `system-snapshot-save`.
-        cancel: Has it be cancelled, as soon as can be.
+        cancel: Has it be cancelled, as soon as can be; None where nothing of it could be undone.
     """
 
-    def __init__(self, name: str, kind: str, cancel: Callable[[], object]) -> None:
+    def __init__(self, name: str, kind: str, cancel: Callable[[], object] | None) -> None:
         self.name = name
         self.kind = kind
         self.cancel = cancel
@@ -135,11 +135,11 @@ class Jobs:
             Refusal: Its state does not accept that.
         """
         job, verb = self._jobs[name], _VERBS[command]
-        if (verb, job.status) not in _ACCEPTED:
+        if (verb, job.status) not in _ACCEPTED or (verb == "cancel" and job.cancel is None):
             raise Refusal(
                 f"Job '{name}' in state '{job.status}' cannot accept command verb '{verb}'"
             )
-        if verb == "cancel":
+        if verb == "cancel" and job.cancel is not None:
             self._move(job, "aborting")
             job.cancel()
         else:

@@ -6,7 +6,7 @@ blockers. From then on the job tells.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -26,7 +26,7 @@ from calotype.qmp import commands, vocabulary
 from calotype.qmp.server import Command, Refusal
 from calotype.qmp.visiting import ParameterError, visit
 from calotype.service.jobs import CANCELLED, Job, Jobs
-from calotype.service.work import Work
+from calotype.service.work import Cancelled, Work
 from calotype.store.index import SnapshotEntry
 from calotype.store.store import Store
 
@@ -56,6 +56,17 @@ class Done(NamedTuple):
     pause_ms: float | None = None
 
 
+class _Begun(NamedTuple):
+    """An operation that begins as a job, and what is told of it."""
+
+    job: str
+    kind: str
+    event: str
+    tag: str
+    answered_at: str = BEGUN
+    snapshot: str = ""
+
+
 _Operation = Callable[[Progress], Coroutine[Any, Any, Done]]
 
 
@@ -68,6 +79,7 @@ class Own:
         work: Where operations run.
         jobs: Their jobs.
         tell: Tells all clients of an event.
+        others_jobs: Asks for the names of the jobs that QEMU has.
     """
 
     def __init__(
@@ -77,12 +89,14 @@ class Own:
         work: Work,
         jobs: Jobs,
         tell: Callable[[str, Mapping[str, Any]], None],
+        others_jobs: Callable[[], Awaitable[Collection[str]]],
     ) -> None:
         self._store = store
         self._name = name
         self._work = work
         self._jobs = jobs
         self._tell = tell
+        self._others_jobs = others_jobs
         self._commands: Mapping[str, Callable[[Any], Awaitable[Any]]] = {
             "system-snapshot-save": self._save,
             "system-snapshot-plan": self._plan,
@@ -97,6 +111,8 @@ class Own:
         Raises:
             Refusal: It cannot be carried out.
         """
+        if command.is_out_of_band:
+            raise Refusal(f"The command {command.name} does not support OOB")
         try:
             if command.name == TRANSACTION:
                 return await self._transact(command.arguments)
@@ -147,7 +163,9 @@ class Own:
             )
             return Done(manifest.id, manifest.tag, manifest.timings.pause_ms)
 
-        return await self._begin(asked.job_id, "system-snapshot-save", "SAVED", save, answered_at)
+        tag = asked.tag or ""
+        begun = _Begun(asked.job_id, "system-snapshot-save", "SAVED", tag, answered_at)
+        return await self._begin(begun, save)
 
     async def _load(self, asked: commands.LoadArguments) -> dict[str, Any]:
         entry = self._selected(asked.tag, asked.id)
@@ -159,7 +177,8 @@ class Own:
             )
             return Done(entry.id, entry.tag, done.pause_ms)
 
-        return await self._begin(asked.job_id, "system-snapshot-load", "LOADED", load)
+        begun = _Begun(asked.job_id, "system-snapshot-load", "LOADED", entry.tag, snapshot=entry.id)
+        return await self._begin(begun, load)
 
     async def _delete(self, asked: commands.DeleteArguments) -> dict[str, Any]:
         entry = self._selected(asked.tag, asked.id)
@@ -169,7 +188,9 @@ class Own:
             await delete(self._store, self._name, request, progress=progress)
             return Done(entry.id, entry.tag)
 
-        return await self._begin(asked.job_id, "system-snapshot-delete", "DELETED", remove)
+        kind = "system-snapshot-delete"
+        begun = _Begun(asked.job_id, kind, "DELETED", entry.tag, snapshot=entry.id)
+        return await self._begin(begun, remove)
 
     async def _plan(self, asked: commands.PlanArguments) -> vocabulary.SystemSnapshotPlan:
         request = take_request(asked, asked.machine_state, asked.storage)
@@ -202,15 +223,8 @@ class Own:
 
     # --- jobs ----------------------------------------------------------------------------------
 
-    async def _begin(
-        self,
-        job_id: str,
-        kind: str,
-        event: str,
-        operation: _Operation,
-        answered_at: str = BEGUN,
-    ) -> dict[str, Any]:
-        """Begin an operation as a job; returns when the phase *answered_at* has begun.
+    async def _begin(self, what: "_Begun", operation: _Operation) -> dict[str, Any]:
+        """Begin an operation as a job; returns when the phase has begun that it is answered at.
 
         Raises:
             Refusal: The name of the job is taken.
@@ -223,35 +237,39 @@ class Own:
             loop.call_soon_threadsafe(note, phase, done_bytes, expected_bytes)
 
         def note(phase: str, done_bytes: int, expected_bytes: int) -> None:
-            if phase == answered_at and not begun.done():
+            if phase == what.answered_at and not begun.done():
                 begun.set_result(None)
             job.done_bytes = max(job.done_bytes, done_bytes)
             job.expected_bytes = max(job.expected_bytes, expected_bytes)
 
-        with self._jobs.reserved(job_id):
+        with self._jobs.reserved(what.job):
+            if what.job in await self._others_jobs():
+                raise Refusal(f"Job ID '{what.job}' already in use")
             work = self._work.begin(operation(progress))
-            job = Job(job_id, kind, work.cancel)
+            can_be_undone = what.event != "DELETED"
+            job = Job(what.job, what.kind, work.cancel if can_be_undone else None)
             await asyncio.wait({work.ended, begun}, return_when=asyncio.FIRST_COMPLETED)
         if not begun.done():
             await work.ended  # which says why
         self._jobs.add(job)
-        work.ended.add_done_callback(lambda ended: self._ended(job, event, ended))
+        work.ended.add_done_callback(lambda ended: self._ended(job, what, ended))
         return {}
 
-    def _ended(self, job: Job, event: str, work: "asyncio.Future[Done]") -> None:
-        error = CANCELLED if work.cancelled() else work.exception()
+    def _ended(self, job: Job, what: "_Begun", work: "asyncio.Future[Done]") -> None:
+        error = work.exception()
         if error is None:
             done = work.result()
             told: dict[str, Any] = {"job-id": job.name, "id": done.snapshot, "tag": done.tag}
             if done.pause_ms is not None:
                 told["pause-ms"] = done.pause_ms
             self._jobs.conclude(job)
-            self._tell(f"SYSTEM_SNAPSHOT_{event}", told)
+            self._tell(f"SYSTEM_SNAPSHOT_{what.event}", told)
             return
-        reason = error if isinstance(error, str) else _words(error)
+        reason = _words(error)
         is_undone = not getattr(error, "__notes__", ())
         self._jobs.conclude(job, reason)
-        failed = {"job-id": job.name, "reason": reason, "undone": is_undone}
+        failed = {"job-id": job.name, "tag": what.tag, "reason": reason, "undone": is_undone}
+        failed |= {"id": what.snapshot} if what.snapshot else {}
         self._tell("SYSTEM_SNAPSHOT_FAILED", failed)
 
 
@@ -392,6 +410,8 @@ def unserved(name: str) -> Refusal:
 
 def _words(error: BaseException) -> str:
     """An error in one line: what is wrong, what could not be undone, what to do."""
+    if isinstance(error, Cancelled):
+        return "; ".join((CANCELLED, *getattr(error, "__notes__", ())))
     if not isinstance(error, CalotypeError):
         return f"a fault in Calotype itself: {type(error).__name__}: {error}"
     return "; ".join(_parts(error))

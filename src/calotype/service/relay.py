@@ -11,9 +11,10 @@ once has one of them in QEMU, like everybody else. Who has more than a few waiti
 **Ids.** QEMU is told ids of ours; the client hears its own again. An answer is not decoded on its
 way, unless we have something to add (`Merge`).
 
-**Descriptors.** QEMU's socket keeps those that came last until a command takes them, whichever that
-is. So one command that takes descriptors is under way at a time, and one that failed without having
-taken its own is followed by two of ours that take and close it: the next client must not get it.
+**Descriptors.** Those that come belong to the next command of their client that takes one. QEMU's
+socket keeps those that came last until a command takes them, whichever that is. So one command
+that takes descriptors is under way at a time, and one that failed without having taken its own is
+followed by two of ours that take and close it: the next client must not get it.
 
 **Without QEMU** (it is being replaced, or gone) commands wait; those that were under way are
 refused, because nobody knows whether they were carried out.
@@ -31,8 +32,8 @@ from calotype.qmp.server import OUT_OF_BAND, Answer, Command, Server
 
 MOST_WAITING = 8
 """How many commands of a client wait before it is not read from any more, as in QEMU."""
-LIMITS = Limits(document_bytes=16 << 20)
-"""What one command may be; a longer one is refused as QEMU refuses it."""
+LIMITS = Limits(document_bytes=1 << 20)
+"""What one command may be; QEMU would read a longer one for seconds, and hear nobody else."""
 TAKES_DESCRIPTOR = frozenset({"getfd", "add-fd"})
 _STALE = "calotype-stale"
 WENT_AWAY = "QEMU went away before it answered; whether it carried the command out is not known"
@@ -63,14 +64,21 @@ class Peer:
     def __init__(self, line: Line, session: Server) -> None:
         self.line = line
         self.session = session
-        self.waiting: deque[Command | Answer] = deque()
+        self.waiting: deque[_Waiting] = deque()
         self.is_busy = False
         """A command of its own is under way."""
         self.is_held = False
         self.is_here = True
+        self.urgent = 0
+        """How many of its out-of-band commands are under way."""
         self.is_finished = False
         """It will send no more, and is hung up on when all is answered."""
         self.descriptors: list[int] = []
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether nothing is left to be answered."""
+        return not self.waiting and not self.is_busy and not self.urgent
 
     def take_descriptors(self) -> list[int]:
         """Give up what came last."""
@@ -78,12 +86,25 @@ class Peer:
         return taken
 
 
+class _Waiting(NamedTuple):
+    """A request that is to be carried out, and the descriptors that it came with."""
+
+    request: Command | Answer
+    descriptors: tuple[int, ...] = ()
+
+
+_NO_ANSWER = Refused(None, b"{}")
+
+Told = Callable[[Returned | Refused], object]
+
+
 class _Sent(NamedTuple):
-    """A command that QEMU has; without a peer it is ours and nobody hears the answer."""
+    """A command that QEMU has, of a client or of ours."""
 
     peer: Peer | None
     command: Command
     has_descriptor: bool = False
+    told: Told | None = None
 
 
 class Relay:
@@ -108,7 +129,7 @@ class Relay:
         self._qemu: Line | None = None
         self._upstream = Client()
         self._sent: dict[int | None, _Sent] = {}
-        self._passing: deque[tuple[Peer, Command]] = deque()
+        self._passing: deque[tuple[Peer, Command, tuple[int, ...]]] = deque()
         self._is_passing = False
         self.said_shutdown = False
         """QEMU has told that it ends."""
@@ -116,17 +137,22 @@ class Relay:
     # --- clients -------------------------------------------------------------------------------
 
     def join(self, line: Line) -> Peer:
-        """A client has connected: greet it."""
+        """A client has connected; it is to be greeted."""
         peer = Peer(line, Server(self._greeting, LIMITS))
         self.peers.append(peer)
-        line.send(peer.session.greeting())
         return peer
+
+    def greet(self, peer: Peer) -> None:
+        """Say to a client who we are; it may be gone by then."""
+        peer.line.send(peer.session.greeting())
 
     def leave(self, peer: Peer) -> None:
         """A client is gone; what it had under way is carried out, and nobody hears of it."""
         if peer.is_here:
             peer.is_here = False
             self.peers.remove(peer)
+            for each in peer.waiting:
+                _close(each.descriptors)
             peer.waiting.clear()
             _close(peer.take_descriptors())
 
@@ -136,10 +162,12 @@ class Relay:
             _close(peer.take_descriptors())
             peer.descriptors = descriptors
         for request in peer.session.receive(data):
+            takes = isinstance(request, Command) and request.name in TAKES_DESCRIPTOR
+            waiting = _Waiting(request, tuple(peer.take_descriptors()) if takes else ())
             if request.is_out_of_band:
-                self._carry_out(peer, request)
+                self._carry_out(peer, waiting)
             else:
-                peer.waiting.append(request)
+                peer.waiting.append(waiting)
         self._next(peer)
 
     def finish(self, peer: Peer) -> None:
@@ -151,9 +179,11 @@ class Relay:
         """A command is done: its client hears *line*, and has its next turn."""
         if peer.is_here:
             peer.line.send(line)
-        if not command.is_out_of_band:
+        if command.is_out_of_band:
+            peer.urgent -= 1
+        else:
             peer.is_busy = False
-            self._next(peer)
+        self._next(peer)
 
     def tell(self, event: str, data: Mapping[str, Any], at_us: int) -> None:
         """Tell all clients of an event of ours."""
@@ -162,7 +192,7 @@ class Relay:
 
     def _next(self, peer: Peer) -> None:
         while peer.waiting and not peer.is_busy and peer.is_here:
-            if self._qemu is None and isinstance(peer.waiting[0], Command):
+            if self._qemu is None and isinstance(peer.waiting[0].request, Command):
                 break
             self._carry_out(peer, peer.waiting.popleft())
         is_full = len(peer.waiting) > MOST_WAITING
@@ -171,22 +201,26 @@ class Relay:
         elif peer.is_held and not is_full:
             peer.line.go_on()
         peer.is_held = is_full
-        if peer.is_finished and peer.is_here and not peer.waiting and not peer.is_busy:
+        if peer.is_finished and peer.is_here and peer.is_answered:
             peer.line.end()
 
-    def _carry_out(self, peer: Peer, request: Command | Answer) -> None:
+    def _carry_out(self, peer: Peer, waiting: _Waiting) -> None:
+        request = waiting.request
         if isinstance(request, Answer):
             peer.line.send(request.line)
             return
-        if not request.is_out_of_band:
+        if request.is_out_of_band:
+            peer.urgent += 1
+        else:
             peer.is_busy = True
         if self._own(peer, request):
             return
         if self._qemu is None:  # out-of-band, and nobody to ask
             refused = peer.session.refuse(request, "GenericError", WENT_AWAY)
+            _close(waiting.descriptors)
             self.answer(peer, request, refused)
         elif request.name in TAKES_DESCRIPTOR:
-            self._passing.append((peer, request))
+            self._passing.append((peer, request, waiting.descriptors))
             self._pass_next()
         else:
             self._forward(peer, request)
@@ -196,6 +230,7 @@ class Relay:
     def qemu_here(self, line: Line, session: Client) -> None:
         """QEMU is reached, and has left the negotiation; what waits is carried out."""
         self._qemu, self._upstream = line, session
+        self.said_shutdown = False
         for peer in list(self.peers):
             self._next(peer)
 
@@ -218,16 +253,20 @@ class Relay:
         lost, self._sent = list(self._sent.values()), {}
         waiting, self._passing, self._is_passing = list(self._passing), deque(), False
         for sent in lost:
+            if sent.told is not None:
+                sent.told(_NO_ANSWER)
             if sent.peer is not None:
                 self._refuse(sent.peer, sent.command)
-        for peer, command in waiting:
+        for peer, command, descriptors in waiting:
+            _close(descriptors)
             self._refuse(peer, command)
 
     def hang_up(self) -> None:
         """There will be no QEMU any more: all clients are told, and hung up on."""
         for peer in list(self.peers):
             while peer.waiting:
-                request = peer.waiting.popleft()
+                request, descriptors = peer.waiting.popleft()
+                _close(descriptors)
                 if isinstance(request, Answer):
                     peer.line.send(request.line)
                 else:
@@ -237,14 +276,26 @@ class Relay:
     def _refuse(self, peer: Peer, command: Command) -> None:
         self.answer(peer, command, peer.session.refuse(command, "GenericError", WENT_AWAY))
 
+    def ask(self, name: str, told: Told) -> None:
+        """Ask QEMU something of ours; *told* hears the answer, or that there is none."""
+        if self._qemu is None:
+            told(_NO_ANSWER)
+            return
+        command = Command(name, {}, None, has_id=False, is_out_of_band=False)
+        self._forward(None, command, told=told)
+
     def _forward(
-        self, peer: Peer | None, command: Command, descriptors: Sequence[int] = ()
+        self,
+        peer: Peer | None,
+        command: Command,
+        descriptors: Sequence[int] = (),
+        told: Told | None = None,
     ) -> None:
         assert self._qemu is not None
         number, line = self._upstream.send(
             command.name, command.arguments, is_out_of_band=command.is_out_of_band
         )
-        self._sent[number] = _Sent(peer, command, bool(descriptors))
+        self._sent[number] = _Sent(peer, command, bool(descriptors), told)
         self._qemu.send(line, descriptors)
 
     def _pass_next(self) -> None:
@@ -252,8 +303,7 @@ class Relay:
         if self._is_passing or not self._passing or self._qemu is None:
             return
         self._is_passing = True
-        peer, command = self._passing.popleft()
-        descriptors = peer.take_descriptors()
+        peer, command, descriptors = self._passing.popleft()
         self._forward(peer, command, descriptors)
         _close(descriptors)
 
@@ -266,6 +316,8 @@ class Relay:
             if isinstance(message, Refused) and sent.has_descriptor:
                 self._drop_stale()
             self._pass_next()
+        if sent.told is not None:
+            sent.told(message)
         if sent.peer is not None:
             self.answer(sent.peer, sent.command, self._told(sent.peer, sent.command, message))
 

@@ -38,6 +38,8 @@ CLIENT_READ_BYTES = 1 << 12
 _LOOK_S = 0.02
 _GRACE_S = 2.0
 """How long another process of the VM is looked for where nobody holds the VM's lock."""
+_NO_ROOM_S = 0.5
+"""How long nobody is let in where there is no descriptor left."""
 FAREWELL_S = 2.0
 """How long clients are given to read what they are told in the end."""
 
@@ -95,7 +97,9 @@ class Upstream:
         self.gone = asyncio.Event()
         self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
         self._said: Callable[[bytes], None] = self._negotiating
-        self.channel = Channel(connection, lambda data, _: self._said(data), self._ended)
+        self.channel = Channel(
+            connection, lambda data, _: self._said(data), self._ended, unsent_bytes=None
+        )
 
     async def negotiate(self) -> tuple[dict[str, Any], frozenset[str]]:
         """Hear the greeting, and ask for QEMU's commands.
@@ -148,7 +152,9 @@ class Service:
         self._vm = vm
         self._jobs = Jobs(self._tell)
         self._own = (
-            None if vm is None else Own(vm.store, vm.record.name, work, self._jobs, self._tell)
+            None
+            if vm is None
+            else Own(vm.store, vm.record.name, work, self._jobs, self._tell, self._qemus_jobs)
         )
         self._relay: Relay | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -202,6 +208,7 @@ class Service:
         peer = relay.join(
             Channel(connection, heard, ended, finished=finished, read_bytes=CLIENT_READ_BYTES)
         )
+        relay.greet(peer)
         self._nobody.clear()
 
     async def run(self, upstream: Upstream) -> None:
@@ -213,6 +220,7 @@ class Service:
             if self._vm is None or not await self._vm.successor():
                 break
             upstream = await self.connect()
+            self._relay.ask("query-status", self._tell_run_state)
         if not self._relay.said_shutdown:
             self._tell("SHUTDOWN", {"guest": False, "reason": "host-error"})
         self._relay.hang_up()
@@ -220,17 +228,37 @@ class Service:
             async with asyncio.timeout(FAREWELL_S):
                 await self._nobody.wait()
 
+    def _tell_run_state(self, message: Returned | Refused) -> None:
+        """Say that the guest runs: the QEMU before has told that it was stopped, for good."""
+        if isinstance(message, Returned) and message.value()["running"]:
+            self._tell("RESUME", {})
+
+    async def _qemus_jobs(self) -> frozenset[str]:
+        """The names of the jobs that QEMU has."""
+        assert self._relay is not None
+        told: asyncio.Future[Returned | Refused] = asyncio.get_running_loop().create_future()
+        self._relay.ask("query-jobs", told.set_result)
+        message = await told
+        jobs = message.value() if isinstance(message, Returned) else []
+        return frozenset(job["id"] for job in jobs)
+
     # --- our commands --------------------------------------------------------------------------
 
     def _is_own(self, peer: Peer, command: Command) -> bool:
         """Take a command that is ours, and answer it when it is done."""
         name = named_job(command.name, command.arguments)
-        if not is_ours(command) and (name is None or name not in self._jobs):
+        is_about_ours = name is not None and name in self._jobs
+        if not is_ours(command) and not is_about_ours and not self._takes_name(command):
             return False
         task = asyncio.get_running_loop().create_task(self._carry_out(peer, command, name))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return True
+
+    def _takes_name(self, command: Command) -> bool:
+        """Whether it would give a job of QEMU's the name of one of ours."""
+        name = command.arguments.get("job-id")
+        return isinstance(name, str) and name in self._jobs
 
     async def _carry_out(self, peer: Peer, command: Command, job: str | None) -> None:
         assert self._relay is not None
@@ -242,7 +270,11 @@ class Service:
         self._relay.answer(peer, command, line)
 
     async def _value(self, command: Command, job: str | None) -> Any:
+        if not is_ours(command) and self._takes_name(command):
+            raise Refusal(f"Job ID '{command.arguments['job-id']}' already in use")
         if job is not None:
+            for unexpected in sorted(command.arguments.keys() - {"id"}):
+                raise Refusal(f"Parameter '{unexpected}' is unexpected")
             self._jobs.apply(command.name, job)
             return {}
         if self._own is None:
@@ -303,10 +335,21 @@ async def serving(
     listener.setblocking(False)
 
     def accept() -> None:
-        with contextlib.suppress(OSError):  # it hung up before it was let in
-            service.join(listener.accept()[0])
+        try:
+            connection, _ = listener.accept()
+        except BlockingIOError:  # it hung up before it was let in
+            return
+        except OSError:  # there is no descriptor left: it waits in line
+            loop.remove_reader(listener)
+            loop.call_later(_NO_ROOM_S, listen)
+            return
+        service.join(connection)
 
-    loop.add_reader(listener, accept)
+    def listen() -> None:
+        if listener.fileno() >= 0:
+            loop.add_reader(listener, accept)
+
+    listen()
     running = loop.create_task(service.run(reached))
     try:
         yield running

@@ -13,12 +13,17 @@ from typing import Any, Generic, Self, TypeVar
 Result = TypeVar("Result")
 
 
+class Cancelled(Exception):  # noqa: N818 - somebody wanted it
+    """An operation was cancelled; its notes say what could not be undone, or is to be finished."""
+
+
 class Running(Generic[Result]):
     """An operation that runs in the other loop.
 
     Args:
         ended: Done when the operation really has ended, its undo included; in the caller's loop.
-        cancel: Asks it to end; `ended` is cancelled once it has undone what it had begun.
+        cancel: Asks it to end; `ended` fails with `Cancelled` once it has undone what
+            it had begun.
     """
 
     def __init__(self, ended: "asyncio.Future[Result]", cancel: Callable[[], object]) -> None:
@@ -53,8 +58,11 @@ class Work:
         async def run() -> None:
             try:
                 result = await operation
-            except asyncio.CancelledError:
-                here.call_soon_threadsafe(ended.cancel)
+            except asyncio.CancelledError as error:
+                cancelled = Cancelled()
+                for note in getattr(error, "__notes__", ()):
+                    cancelled.add_note(note)
+                here.call_soon_threadsafe(ended.set_exception, cancelled)
             except Exception as error:  # noqa: BLE001 - it is the caller's
                 here.call_soon_threadsafe(ended.set_exception, error)
             else:
