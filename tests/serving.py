@@ -2,18 +2,19 @@
 
 import contextlib
 import json
-import os
 import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+from calotype.testing.machine import Machine, wait
 
 PATIENCE_S = 60.0
+AnyMachine = TypeVar("AnyMachine", bound=Machine)
 
 
 class Qmp:
@@ -83,6 +84,14 @@ class Qmp:
                     return dict(told)
             self.events.append(self.read())
 
+    def await_job(self, name: str) -> None:
+        """Wait until a job has ended, whoever has begun it."""
+        wait(lambda: self._status(name) == "concluded", f"the end of {name}")
+
+    def _status(self, name: str) -> str:
+        (job,) = (each for each in self.ask("query-jobs") if each["id"] == name)
+        return str(job["status"])
+
     def run_job(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Run a job to its end, and dismiss it; what `query-jobs` told of it in the end."""
         self.ask(command, job_id="job", **arguments)
@@ -109,6 +118,24 @@ def serving(folder: Path, *words: str, store: Path | None = None) -> Iterator[Pa
 
 
 @contextlib.contextmanager
+def client_of(vm: Machine) -> Iterator[Qmp]:
+    """A client of the service in front of a VM that runs."""
+    with serving(vm.folder, vm.name, store=vm.store) as path, Qmp(path) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def running(vm: AnyMachine) -> Iterator[AnyMachine]:
+    """A machine that is made and runs; ended in the end by its pid."""
+    vm.make_disks()
+    vm.run()
+    try:
+        yield vm
+    finally:
+        vm.clean_up()
+
+
+@contextlib.contextmanager
 def bare_qemu(folder: Path, words: Sequence[str] = ()) -> Iterator[Path]:
     """A QEMU without a machine, as a test suite starts it; its monitor."""
     path = folder / "monitor.sock"
@@ -116,9 +143,7 @@ def bare_qemu(folder: Path, words: Sequence[str] = ()) -> Iterator[Path]:
     monitor = ("-qmp", f"unix:{path},server=on,wait=off")
     with subprocess.Popen([*command, *monitor], cwd=folder) as qemu:
         try:
-            until = time.monotonic() + PATIENCE_S
-            while not path.exists() and time.monotonic() < until:
-                time.sleep(0.01)
+            wait(path.exists, "the monitor")
             yield path
         finally:
             qemu.kill()
@@ -126,11 +151,3 @@ def bare_qemu(folder: Path, words: Sequence[str] = ()) -> Iterator[Path]:
 
 def is_readable(connection: socket.socket, patience_s: float) -> bool:
     return bool(select.select([connection], [], [], patience_s)[0])
-
-
-def pipe_text(text: str) -> int:
-    """A descriptor from which *text* can be read."""
-    reader, writer = os.pipe()
-    os.write(writer, text.encode())
-    os.close(writer)
-    return reader

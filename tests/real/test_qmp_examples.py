@@ -15,7 +15,7 @@ from calotype.qmp.commands import COMMANDS, EVENTS
 from calotype.qmp.examples import DISKS, FIRST_ID, FIRST_TAG, examples
 from calotype.qmp.schema import Example
 from calotype.testing.machine import Machine
-from serving import Qmp, serving
+from serving import Qmp, client_of, running
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
 
@@ -44,17 +44,14 @@ class Demo(Machine):
 
 @pytest.fixture
 def demo(folder: Path) -> Iterator[Demo]:
-    vm = Demo(folder)
-    vm.make_disks()
-    vm.run()
-    yield vm
-    vm.kill()
+    with running(Demo(folder)) as vm:
+        yield vm
 
 
 @pytest.mark.parametrize("example", PLAYED, ids=lambda each: each.of)
 def test_what_the_page_shows_is_what_happens(demo: Demo, example: Example) -> None:
     first = demo.take("--tag", FIRST_TAG)
-    with serving(demo.folder, "demo", store=demo.store) as path, Qmp(path) as qmp:
+    with client_of(demo) as qmp:
         job = ""
         for way, message in example.lines:
             line = json.loads(json.dumps(message).replace(FIRST_ID, first))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from qemu.qmp import QMPClient
 
 from calotype.qmp import commands
 from calotype.testing.machine import Machine, wait
-from serving import Qmp, bare_qemu, is_readable, serving
+from serving import Qmp, bare_qemu, client_of, is_readable, running, serving
 from witnessing import Boot, assert_consistent, assert_sound
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
@@ -31,6 +32,7 @@ def served(folder: Path) -> Iterator[Path]:
 
 
 EXTERNAL = {"type": "external"}
+ROOT = Path(__file__).parent.parent.parent
 
 # --- QEMU's own -----------------------------------------------------------------------------------
 
@@ -244,6 +246,8 @@ def test_a_qemu_that_is_killed_is_told_of_too(folder: Path) -> None:
         (["--upstream", "m", "--qmp", "tcp:0.0.0.0:4444"], "is not on loopback"),
         (["--upstream", "m", "--qmp", "tcp:here"], "is no address"),
         (["nobody", "--qmp", "q"], "there is no VM"),
+        (["--upstream", "m", "--qmp", ""], "names no socket"),
+        (["--upstream", "m", "--qmp", "n" * 108], "path too long"),
     ],
 )
 def test_what_cannot_be_served_is_refused(folder: Path, words: list[str], said: str) -> None:
@@ -260,6 +264,19 @@ def test_what_cannot_be_served_is_refused(folder: Path, words: list[str], said: 
     assert said in done.stderr
     assert (folder / "taken").read_text() == "mine"
     assert not (folder / "q").exists()
+
+
+def test_with_json_one_object_says_where_it_listens(folder: Path) -> None:
+    with bare_qemu(folder) as monitor:
+        command = [sys.executable, "-m", "calotype", "serve", "--upstream", str(monitor), "--json"]
+        with subprocess.Popen(
+            [*command, "--qmp", "q"], stdout=subprocess.PIPE, text=True, cwd=folder
+        ) as service:
+            assert service.stdout is not None
+            told = json.loads(service.stdout.readline())
+            service.terminate()
+            assert service.wait(60) == 0, "it can be interrupted still"
+    assert told == {"schema": 1, "listening": str(folder / "q")}
 
 
 def test_it_listens_on_loopback_when_asked_to(folder: Path) -> None:
@@ -280,17 +297,14 @@ def test_it_listens_on_loopback_when_asked_to(folder: Path) -> None:
 @pytest.fixture
 def machine(folder: Path) -> Iterator[Machine]:
     """A small machine that runs."""
-    vm = Machine(folder)
-    vm.make_disks()
-    vm.run()
-    yield vm
-    vm.kill()
+    with running(Machine(folder)) as vm:
+        yield vm
 
 
 @pytest.fixture
 def qmp(machine: Machine) -> Iterator[Qmp]:
     """A client of its service."""
-    with serving(machine.folder, machine.name, store=machine.store) as path, Qmp(path) as client:
+    with client_of(machine) as client:
         yield client
 
 
@@ -336,6 +350,24 @@ def test_a_transaction_without_our_actions_is_qemus(qmp: Qmp) -> None:
     )
 
 
+def test_the_line_of_the_readme_is_typed_into_qmp_shell(machine: Machine) -> None:
+    line = 'system-snapshot-save job-id=save tag=night machine-state={"type":"external"}'
+    assert f"(QEMU) {line}\n" in (ROOT / "README.md").read_text()
+    with serving(machine.folder, machine.name, store=machine.store) as path:
+        done = subprocess.run(
+            [Path(sys.executable).parent / "qmp-shell", path],
+            input=f"{line}\n",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        with Qmp(path) as qmp:
+            qmp.await_job("save")
+            assert [each["tag"] for each in qmp.ask("query-system-snapshots")] == ["night"]
+    assert '"return": {}' in done.stdout
+
+
 def test_a_plan_is_no_job_and_changes_nothing(machine: Machine, qmp: Qmp) -> None:
     before = machine.picture()
     plan = qmp.ask("system-snapshot-plan", machine_state={"type": "none"})
@@ -376,6 +408,23 @@ def test_what_cannot_be_done_is_refused_and_is_no_job(
     assert said in qmp.refusal(command, **given)
     assert qmp.ask("query-jobs") == []
     assert machine.picture() == before
+
+
+def test_a_plan_is_told_what_a_save_would_be_told_of_its_words(qmp: Qmp) -> None:
+    none = {"type": "none"}
+    assert "control characters" in qmp.refusal(
+        "system-snapshot-plan", tag="a\nb", machine_state=none
+    )
+
+
+def test_a_fault_of_ours_is_told_and_nobody_waits_for_ever(machine: Machine, qmp: Qmp) -> None:
+    """A store that went away under the service is as good as a fault."""
+    aside = machine.store.rename(machine.folder / "aside")
+    try:
+        assert qmp.refusal("query-system-snapshots")
+        assert qmp.ask("query-status")["running"] is True
+    finally:
+        aside.rename(machine.store)
 
 
 def test_what_is_in_the_way_is_the_commands_own_error(qmp: Qmp) -> None:
@@ -473,7 +522,7 @@ def test_the_command_line_works_while_it_is_served(machine: Machine, qmp: Qmp) -
 
 def test_a_witness_that_was_saved_and_loaded_is_consistent(boot: Boot) -> None:
     vm = boot()
-    with serving(vm.folder, vm.name, store=vm.store) as path, Qmp(path) as qmp:
+    with client_of(vm) as qmp:
         external = {"type": "external"}
         qmp.ask("system-snapshot-save", job_id="save", tag="one", machine_state=external)
         progress = set()
@@ -494,7 +543,7 @@ def test_a_witness_that_was_saved_and_loaded_is_consistent(boot: Boot) -> None:
 
 def test_a_save_that_is_cancelled_leaves_nothing(boot: Boot) -> None:
     vm = boot()
-    with serving(vm.folder, vm.name, store=vm.store) as path, Qmp(path) as qmp:
+    with client_of(vm) as qmp:
         before = vm.picture()
         nodes = sorted(each["file"] for each in qmp.ask("query-named-block-nodes", flat=True))
         qmp.ask("system-snapshot-save", job_id="job", tag="one", machine_state={"type": "external"})
@@ -514,7 +563,7 @@ def test_a_service_that_is_ended_in_the_midst_of_a_load_leaves_the_vm_as_it_was(
     vm = boot()
     vm.calotype("take", vm.name, "--tag", "one")
     pid, before = vm.pid(), vm.picture()
-    with serving(vm.folder, vm.name, store=vm.store) as path, Qmp(path) as qmp:
+    with client_of(vm) as qmp:
         qmp.ask("system-snapshot-load", job_id="job", tag="one")
     assert vm.pid() == pid
     assert vm.picture() == before

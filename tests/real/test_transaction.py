@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calotype.testing.machine import Machine
-from serving import Qmp, serving
+from calotype.testing.machine import CommandFailed, Machine
+from serving import Qmp, client_of, running
 from witnessing import Boot, assert_consistent, assert_sound
 
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(180)]
@@ -33,16 +33,13 @@ def qemus(kind: str, **data: Any) -> Action:
 
 @pytest.fixture
 def machine(folder: Path) -> Iterator[Machine]:
-    vm = Machine(folder, disks=DISKS)
-    vm.make_disks()
-    vm.run()
-    yield vm
-    vm.kill()
+    with running(Machine(folder, disks=DISKS)) as vm:
+        yield vm
 
 
 @pytest.fixture
 def qmp(machine: Machine) -> Iterator[Qmp]:
-    with serving(machine.folder, machine.name, store=machine.store) as path, Qmp(path) as client:
+    with client_of(machine) as client:
         yield client
 
 
@@ -176,22 +173,16 @@ def test_after_any_mix_that_fails_all_is_as_before(
     chosen = [*order[:count], *(kind for kind in order[count:] if kind == "abort")]
     if "machine-state-save" not in chosen:
         chosen.insert(count % (len(chosen) + 1), "machine-state-save")
-    vm = Machine(tmp_path_factory.mktemp("mix"), disks=DISKS)
-    vm.make_disks()
-    vm.run()
-    try:
-        with serving(vm.folder, vm.name, store=vm.store) as path, Qmp(path) as qmp:
-            each = {
-                **good(vm, qmp, [kind for kind in chosen if kind in KINDS]),
-                "machine-state-save": ours(),
-                "abort": {"type": "abort", "data": {}},
-            }
-            before = before_and_after(vm, qmp)
-            said = qmp.refusal("transaction", actions=[each[kind] for kind in chosen])
-            assert "Transaction aborted using Abort action" in said
-            assert before_and_after(vm, qmp) == before
-    finally:
-        vm.kill()
+    with running(Machine(tmp_path_factory.mktemp("mix"), disks=DISKS)) as vm, client_of(vm) as qmp:
+        each = {
+            **good(vm, qmp, [kind for kind in chosen if kind in KINDS]),
+            "machine-state-save": ours(),
+            "abort": {"type": "abort", "data": {}},
+        }
+        before = before_and_after(vm, qmp)
+        said = qmp.refusal("transaction", actions=[each[kind] for kind in chosen])
+        assert "Transaction aborted using Abort action" in said
+        assert before_and_after(vm, qmp) == before
 
 
 def test_all_kinds_happen_at_one_instant_and_a_job_saves_the_rest(
@@ -245,6 +236,19 @@ def test_an_overlay_that_stands_on_another_image_is_refused(machine: Machine, qm
     assert before_and_after(machine, qmp) == before
 
 
+def test_a_loose_image_that_stands_on_nothing_is_in_the_way_by_name(
+    machine: Machine, qmp: Qmp
+) -> None:
+    base = machine.folder / "gone.qcow2"
+    open_overlay(machine, qmp, disk=base.name)
+    with pytest.raises(CommandFailed) as raised:
+        machine.calotype("take", machine.name, "--plan")
+    assert raised.value.data["exit_code"] == 4
+    assert "writable node 'mine'" in str(raised.value)
+    action = qemus("blockdev-snapshot", node=node_of(qmp, "virtio1"), overlay="mine")
+    assert "is no qcow2 that stands on" in qmp.refusal("transaction", actions=[ours(), action])
+
+
 def test_a_name_that_an_image_has_already_is_refused_and_stays(machine: Machine, qmp: Qmp) -> None:
     qmp.ask("blockdev-snapshot-internal-sync", device="virtio0", name="inside")
     before = before_and_after(machine, qmp)
@@ -269,7 +273,7 @@ def transact(vm: Any, qmp: Qmp) -> None:
 
 def test_a_witness_that_was_saved_by_a_transaction_is_consistent(boot: Boot) -> None:
     vm = boot()
-    with serving(vm.folder, vm.name, store=vm.store) as path, Qmp(path) as qmp:
+    with client_of(vm) as qmp:
         transact(vm, qmp)
         assert qmp.ask("query-status")["running"]
         qmp.await_event("JOB_STATUS_CHANGE", id="save", status="concluded")
@@ -284,7 +288,7 @@ def test_a_witness_that_was_saved_by_a_transaction_is_consistent(boot: Boot) -> 
 
 def test_a_save_that_fails_later_undoes_the_storage_and_says_so(boot: Boot) -> None:
     vm = boot()
-    with serving(vm.folder, vm.name, store=vm.store) as path, Qmp(path) as qmp:
+    with client_of(vm) as qmp:
         before = before_and_after(vm, qmp)
         transact(vm, qmp)
         qmp.ask("job-cancel", id="save")

@@ -113,6 +113,11 @@ def snapshot_choice(command: Callable[..., Any]) -> Callable[..., Any]:
 def say(settings: Settings, value: Mapping[str, Any], lines: Sequence[str]) -> None:
     """Print the result: *value* with `--json`, *lines* without; an interrupt comes too late now."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    say_meanwhile(settings, value, lines)
+
+
+def say_meanwhile(settings: Settings, value: Mapping[str, Any], lines: Sequence[str]) -> None:
+    """Print what is so by now, of a command that goes on and can be interrupted; as `say`."""
     if settings.as_json:
         _say_json(value)
         return

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import ipaddress
-import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import click
 
 from calotype.cli import completing
-from calotype.cli.output import SCHEMA, Settings, common, one_line, run_async
+from calotype.cli.output import Settings, common, run_async, say_meanwhile
 from calotype.cli.place import working_directory
 from calotype.errors import ConflictError, HostError, RequestError
 
@@ -59,8 +58,7 @@ async def _serve(
     path = _absolute(upstream) if vm is None else vm.upstream
     with Work() as work:
         async with serving(path, vm, listener, work) as running:
-            told = json.dumps({"schema": SCHEMA, "listening": where})
-            click.echo(told if settings.as_json else one_line(f"listening on {where}"))
+            say_meanwhile(settings, {"listening": where}, [f"listening on {where}"])
             with contextlib.suppress(asyncio.CancelledError):  # how one ends a service
                 await running
 
@@ -78,6 +76,8 @@ def _listening(qmp: str) -> Iterator[tuple[socket.socket, str]]:
             host, port = listener.getsockname()[:2]
             yield listener, f"{_TCP}{host}:{port}"
         return
+    if not qmp:
+        raise RequestError("--qmp names no socket", "give a path, or tcp:127.0.0.1:PORT")
     path = _absolute(qmp)
     _refuse_taken(path)
     from calotype.qemu.monitor import listen_socket  # noqa: PLC0415
@@ -110,7 +110,7 @@ def _listening_tcp(qmp: str) -> socket.socket:
     try:
         return socket.create_server(
             (str(address), number),
-            family=socket.AF_INET6 if address.version == 6 else socket.AF_INET,  # noqa: PLR2004
+            family=socket.AF_INET6 if ":" in str(address) else socket.AF_INET,
         )
     except (OSError, OverflowError) as error:
         raise HostError(f"cannot listen on {qmp}: {error}", "choose another port") from error

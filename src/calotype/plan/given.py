@@ -160,8 +160,8 @@ _READ = {OVERLAY: _overlay_blockers, MADE: _made_blockers, INSIDE: _inside_block
 
 TAKEN_BACK: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "block-dirty-bitmap-add": ("block-dirty-bitmap-remove", {"node": "node", "name": "name"}),
-    "blockdev-backup": ("job-cancel", {"id": "job-id"}),
-    "drive-backup": ("job-cancel", {"id": "job-id"}),
+    "blockdev-backup": ("block-job-cancel", {"device": "job-id"}),
+    "drive-backup": ("block-job-cancel", {"device": "job-id"}),
 }
 """Action -> the command that takes it back, and which member of the action each argument is."""
 

@@ -230,8 +230,9 @@ def listen_socket(path: Path) -> socket.socket:
     except OSError as error:
         listener.close()
         raise HostError(
-            f"cannot listen on {path}: {error.strerror}",
-            "name a --store on a file system that has sockets and some space",
+            f"cannot listen on {path}: {error.strerror or error}",
+            "name a --store, or another path, on a file system that has sockets and some space; a"
+            " socket's own name may have some 80 letters",
         ) from error
     finally:
         os.close(folder)

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from calotype.errors import QemuError
+from calotype.errors import CalotypeError, QemuError
 from calotype.model.identity import Format
 from calotype.model.names import OURS
 from calotype.model.vm import (
@@ -329,17 +329,28 @@ def _loose(blocks: Blocks) -> Iterator[LooseNode]:
     """The images that are open for writing and that no device is on; reads their metadata."""
     tops, where = set(_loose_roots(blocks).values()), files(blocks)
     for node in blocks.nodes:
-        name = node["node-name"]
-        path = Path(where[name])
-        if node["ro"] or name not in tops or node["drv"] not in ("qcow2", "raw"):
+        name, driver = node["node-name"], node["drv"]
+        if node["ro"] or name not in tops or driver not in ("qcow2", "raw"):
             continue
-        if node["drv"] != "qcow2" or not path.is_file():
-            yield LooseNode(name, node["drv"], str(path))
-            continue
-        tables = images.read_metadata(path)
-        below_it = images.backing_chain(path, "qcow2")[1:2]
-        backing = str(below_it[0][0]) if below_it else ""
-        yield LooseNode(name, "qcow2", str(path), backing, tables.l2_tables)
+        unread = LooseNode(name, driver, where[name])
+        try:
+            yield _as_overlay(unread) if driver == "qcow2" else unread
+        except CalotypeError:  # it is none that a snapshot could use, and says so by its backing
+            yield unread
+
+
+def _as_overlay(node: LooseNode) -> LooseNode:
+    """A loose node with what its image says of itself.
+
+    Raises:
+        HostError: The image, or what it stands on, cannot be read.
+        StoreError: It is not sound.
+    """
+    path = Path(node.path)
+    below_it = images.backing_chain(path, "qcow2")[1:2]
+    backing = str(below_it[0][0]) if below_it else ""
+    l2_tables = images.read_metadata(path).l2_tables
+    return msgspec.structs.replace(node, backing=backing, l2_tables=l2_tables)
 
 
 def _unfit(node: Mapping[str, Any], user: str | None) -> Stray:

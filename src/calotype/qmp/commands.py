@@ -230,7 +230,9 @@ class SystemSnapshotFailed(QmpStruct, frozen=True, kw_only=True):
     """A job that has failed or was cancelled."""
 
     job_id: Annotated[str, Doc("The job.")]
-    id: Annotated[str | None, Doc("The id of the snapshot, if it had one by then.")] = None
+    id: Annotated[
+        str | None, Doc("The id of the snapshot; absent of one that was being saved.")
+    ] = None
     tag: Annotated[str | None, Doc("Its tag, if it has one.")] = None
     reason: Annotated[str, Doc("What went wrong, and what to do, in one line.")]
     undone: Annotated[

@@ -276,7 +276,6 @@ _EVENTS = (
                 "SYSTEM_SNAPSHOT_FAILED",
                 {
                     "job-id": "save1",
-                    "id": SECOND_ID,
                     "tag": SECOND_TAG,
                     "reason": "the pause reached its limit of 250 ms; all was undone: raise it",
                     "undone": True,

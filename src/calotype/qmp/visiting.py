@@ -12,7 +12,7 @@ of 7.2 as well.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 from calotype.errors import RequestError
@@ -94,13 +94,13 @@ def _visit(shape: Shape, value: Any, path: str, name: str) -> Any:
                 raise _refusal(NOT_ACCEPTED, name, value=value)
             return value
         case Array():
-            items = _expected(list, "array", value, path)
+            items = expected(list, "array", value, path)
             places = ((each, f"{path}[{index}]") for index, each in enumerate(items))
             return tuple(_visit(shape.element, each, place, "null") for each, place in places)
         case Object():
-            return _visit_object(shape, _expected(dict, "object", value, path), path)
+            return _visit_object(shape, expected(dict, "object", value, path), path)
         case Variants():
-            given = _expected(dict, "object", value, path)
+            given = expected(dict, "object", value, path)
             chosen = _visit_member(shape.discriminator, given, path)
             rest = {key: given[key] for key in given if key != shape.discriminator.name}
             return _visit_object(shape.branches[chosen], rest, path)
@@ -109,10 +109,7 @@ def _visit(shape: Shape, value: Any, path: str, name: str) -> Any:
 def _visit_object(shape: Object, given: Mapping[str, Any], path: str) -> QmpStruct:
     there = (each for each in shape.members if not each.is_optional or each.name in given)
     values = {each.attribute: _visit_member(each, given, path) for each in there}
-    known = {each.name for each in shape.members}
-    for name in given:
-        if name not in known:
-            raise _refusal(UNEXPECTED, _below(path, name))
+    refuse_unexpected(given, {each.name for each in shape.members}, path)
     rivals = shape.kind.exactly_one
     if rivals and sum(each in given for each in rivals) != 1:
         one, other = (_below(path, each) for each in rivals)
@@ -121,17 +118,42 @@ def _visit_object(shape: Object, given: Mapping[str, Any], path: str) -> QmpStru
 
 
 def _visit_member(member: Member, given: Mapping[str, Any], path: str) -> Any:
-    place = _below(path, member.name)
-    if member.name not in given:
-        raise _refusal(MISSING, place)
-    return _visit(member.shape, given[member.name], place, member.name)
+    value = required(given, member.name, path)
+    return _visit(member.shape, value, _below(path, member.name), member.name)
+
+
+def refuse_unexpected(given: Mapping[str, Any], known: Collection[str], path: str) -> None:
+    """Refuse members that an object, which stands at *path*, is not to have.
+
+    Raises:
+        ParameterError: There is one.
+    """
+    for name in given:
+        if name not in known:
+            raise _refusal(UNEXPECTED, _below(path, name))
+
+
+def required(given: Mapping[str, Any], name: str, path: str) -> Any:
+    """The member *name* of an object that stands at *path*.
+
+    Raises:
+        ParameterError: It is not there.
+    """
+    if name not in given:
+        raise _refusal(MISSING, _below(path, name))
+    return given[name]
 
 
 def _below(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _expected(kind: type[T], word: str, value: Any, path: str) -> T:
+def expected(kind: type[T], word: str, value: Any, path: str) -> T:
+    """A value that stands at *path*, which must be of a kind that QEMU calls by *word*.
+
+    Raises:
+        ParameterError: It is not.
+    """
     if not isinstance(value, kind):
         raise _refusal(WRONG_TYPE, path or _ANONYMOUS, type=word)
     return value

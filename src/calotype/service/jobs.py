@@ -8,9 +8,10 @@ early or too late are QEMU's (job.c, job_apply_verb_locked).
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
+from calotype.qmp.schema import QmpStruct
 from calotype.qmp.server import Refusal
 
 Status = Literal["created", "running", "aborting", "concluded", "null"]
@@ -28,15 +29,19 @@ _VERBS: Mapping[str, str] = {
 }
 """Command -> what it is called in QEMU's refusal (qapi/job.json, JobVerb)."""
 
-_ACCEPTED: Mapping[tuple[str, Status], bool] = {
-    ("cancel", "running"): True,
-    ("dismiss", "concluded"): True,
-}
+_ACCEPTED: Collection[tuple[str, Status]] = (("cancel", "running"), ("dismiss", "concluded"))
+"""Which command a job takes in which state."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 """What QEMU takes for the name of a job (util/id.c, id_wellformed)."""
 
 Tell = Callable[[str, Mapping[str, Any]], None]
+
+
+class OneJob(QmpStruct, frozen=True, kw_only=True):
+    """The arguments of a command that is about a job (qapi/job.json)."""
+
+    id: str
 
 
 class Job:
@@ -97,7 +102,7 @@ class Jobs:
         if not _NAME.fullmatch(name):
             raise Refusal(f"Invalid job ID '{name}'")
         if name in self._jobs or name in self._reserved:
-            raise Refusal(f"Job ID '{name}' already in use")
+            raise in_use(name)
 
     @contextlib.contextmanager
     def reserved(self, name: str) -> Iterator[None]:
@@ -152,6 +157,11 @@ class Jobs:
 
     def _changed(self, job: Job) -> None:
         self._tell("JOB_STATUS_CHANGE", {"id": job.name, "status": job.status})
+
+
+def in_use(name: str) -> Refusal:
+    """Why a name is not given to a job (job.c, job_create)."""
+    return Refusal(f"Job ID '{name}' already in use")
 
 
 def named_job(command: str, arguments: Mapping[str, Any]) -> str | None:

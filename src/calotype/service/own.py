@@ -6,7 +6,7 @@ blockers. From then on the job tells.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -16,22 +16,18 @@ from calotype.engine.changing import BEGUN
 from calotype.engine.deletion import delete
 from calotype.engine.progress import Progress
 from calotype.engine.take_effects import INSTANT
-from calotype.errors import CalotypeError
 from calotype.model import names
-from calotype.model.snapshot import Manifest
 from calotype.plan.delete import DeleteRequest
 from calotype.plan.restore_plan import RestoreRequest
-from calotype.plan.take_plan import TakePlan, TakeRequest, Transaction
+from calotype.plan.take_plan import TakeRequest
 from calotype.qmp import commands, vocabulary
 from calotype.qmp.server import Command, Refusal
-from calotype.qmp.visiting import ParameterError, visit
-from calotype.service.jobs import CANCELLED, Job, Jobs
-from calotype.service.work import Cancelled, Work
+from calotype.qmp.visiting import visit
+from calotype.service.jobs import Job, Jobs, in_use
+from calotype.service.translating import info, planned, split, take_request, words
+from calotype.service.work import Work
 from calotype.store.index import SnapshotEntry
 from calotype.store.store import Store
-
-LEAST_PAUSE_LIMIT_MS = 1.0
-
 
 TRANSACTION = "transaction"
 
@@ -56,15 +52,30 @@ class Done(NamedTuple):
     pause_ms: float | None = None
 
 
-class _Begun(NamedTuple):
-    """An operation that begins as a job, and what is told of it."""
+class _Kind(NamedTuple):
+    """A kind of job."""
+
+    type: str
+    event: str
+    """What is told when it has succeeded."""
+    can_be_undone: bool
+    """Whether what it has begun can be taken back, so that it can be cancelled."""
+
+
+_SAVE = _Kind("system-snapshot-save", "SYSTEM_SNAPSHOT_SAVED", can_be_undone=True)
+_LOAD = _Kind("system-snapshot-load", "SYSTEM_SNAPSHOT_LOADED", can_be_undone=True)
+_DELETE = _Kind("system-snapshot-delete", "SYSTEM_SNAPSHOT_DELETED", can_be_undone=False)
+
+
+class _Asked(NamedTuple):
+    """A job that is asked for, and what is told of it."""
 
     job: str
-    kind: str
-    event: str
+    kind: _Kind
     tag: str
-    answered_at: str = BEGUN
     snapshot: str = ""
+    """Its id, where there is one by then."""
+    answered_at: str = BEGUN
 
 
 _Operation = Callable[[Progress], Coroutine[Any, Any, Done]]
@@ -110,31 +121,23 @@ class Own:
 
         Raises:
             Refusal: It cannot be carried out.
+            CalotypeError: Likewise; arguments that are not what was declared included.
         """
         if command.is_out_of_band:
             raise Refusal(f"The command {command.name} does not support OOB")
-        try:
-            if command.name == TRANSACTION:
-                return await self._transact(command.arguments)
-            declared = commands.COMMANDS[command.name].arguments
-            arguments = visit(declared, command.arguments)
-            return await self._commands[command.name](arguments)
-        except ParameterError as error:  # in QEMU's words, and no others
-            raise Refusal(error.problem) from error
-        except CalotypeError as error:
-            raise Refusal(_words(error)) from error
+        if command.name == TRANSACTION:
+            return await self._transact(command.arguments)
+        arguments = visit(commands.COMMANDS[command.name].arguments, command.arguments)
+        return await self._commands[command.name](arguments)
 
     # --- the transaction ---------------------------------------------------------------------
 
     async def _transact(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out a transaction with an action of ours; answered when the instant has passed."""
-        place, others = split(arguments)
-        data = arguments["actions"][place].get("data")
+        place, transaction = split(arguments)
+        data = arguments["actions"][place]["data"]
         asked = visit(commands.MachineStateSave, data, f"actions[{place}].data")
-        request = replace(
-            take_request(asked, asked.destination, ()),
-            transaction=Transaction(others, arguments.get("properties", {})),
-        )
+        request = replace(take_request(asked, asked.destination, ()), transaction=transaction)
         return await self._take(asked, request, answered_at=INSTANT)
 
     # --- the commands --------------------------------------------------------------------------
@@ -149,26 +152,24 @@ class Own:
         request: TakeRequest,
         answered_at: str,
     ) -> dict[str, Any]:
-        names.check_tag(asked.tag or "")
-        self._refuse_taken(asked.tag)
+        tag = asked.tag or ""
 
         async def save(progress: Progress) -> Done:
+            self._refuse_taken(tag)
             manifest = await operations.take(
                 self._store,
                 self._name,
                 request,
-                tag=asked.tag or "",
+                tag=tag,
                 description=asked.description or "",
                 progress=progress,
             )
             return Done(manifest.id, manifest.tag, manifest.timings.pause_ms)
 
-        tag = asked.tag or ""
-        begun = _Begun(asked.job_id, "system-snapshot-save", "SAVED", tag, answered_at)
-        return await self._begin(begun, save)
+        return await self._begin(_Asked(asked.job_id, _SAVE, tag, answered_at=answered_at), save)
 
     async def _load(self, asked: commands.LoadArguments) -> dict[str, Any]:
-        entry = self._selected(asked.tag, asked.id)
+        entry = await self._selected(asked.tag, asked.id)
         request = RestoreRequest(run_state=asked.run_state, keep_current=asked.keep_current)
 
         async def load(progress: Progress) -> Done:
@@ -177,53 +178,57 @@ class Own:
             )
             return Done(entry.id, entry.tag, done.pause_ms)
 
-        begun = _Begun(asked.job_id, "system-snapshot-load", "LOADED", entry.tag, snapshot=entry.id)
-        return await self._begin(begun, load)
+        return await self._begin(_Asked(asked.job_id, _LOAD, entry.tag, entry.id), load)
 
     async def _delete(self, asked: commands.DeleteArguments) -> dict[str, Any]:
-        entry = self._selected(asked.tag, asked.id)
+        entry = await self._selected(asked.tag, asked.id)
 
         async def remove(progress: Progress) -> Done:
             request = DeleteRequest(frozenset({entry.id}))
             await delete(self._store, self._name, request, progress=progress)
             return Done(entry.id, entry.tag)
 
-        kind = "system-snapshot-delete"
-        begun = _Begun(asked.job_id, kind, "DELETED", entry.tag, snapshot=entry.id)
-        return await self._begin(begun, remove)
+        return await self._begin(_Asked(asked.job_id, _DELETE, entry.tag, entry.id), remove)
 
     async def _plan(self, asked: commands.PlanArguments) -> vocabulary.SystemSnapshotPlan:
         request = take_request(asked, asked.machine_state, asked.storage)
-        return planned(
-            asked.machine_state,
-            await self._work.begin(operations.plan_only(self._store, self._name, request)).ended,
-        )
+        planning = self._work.begin(operations.plan_only(self._store, self._name, request))
+        return planned(asked.machine_state, await planning.ended)
 
     async def _query(
         self, asked: commands.QueryArguments
     ) -> tuple[vocabulary.SystemSnapshotInfo, ...]:
-        record = self._store.find(self._name)
-        manifests, _ = self._store.sound_manifests(record.id)
-        return tuple(
-            info(manifest, str(self._store.snapshot_folder(record.id, manifest.id)))
-            for manifest in sorted(manifests, key=lambda each: each.instant)
-            if asked.tag in (None, manifest.tag) and asked.id in (None, manifest.id)
-        )
+        async def look() -> tuple[vocabulary.SystemSnapshotInfo, ...]:
+            record = self._store.find(self._name)
+            manifests, _ = self._store.sound_manifests(record.id)
+            return tuple(
+                info(manifest, str(self._store.snapshot_folder(record.id, manifest.id)))
+                for manifest in sorted(manifests, key=lambda each: each.instant)
+                if asked.tag in (None, manifest.tag) and asked.id in (None, manifest.id)
+            )
 
-    def _refuse_taken(self, tag: str | None) -> None:
+        return await self._work.begin(look()).ended
+
+    def _refuse_taken(self, tag: str) -> None:
+        """Refuse a tag that a snapshot has; called where files may be waited for."""
         record = self._store.find(self._name)
         taken = [each.id for each in self._store.index.snapshots(record.id) if each.tag == tag]
         if tag and taken:
             raise Refusal(f"the snapshot {taken[0]} has the tag '{tag}': name another")
 
-    def _selected(self, tag: str | None, whole_id: str | None) -> SnapshotEntry:
+    async def _selected(self, tag: str | None, whole_id: str | None) -> SnapshotEntry:
         if whole_id is not None and len(whole_id) != names.ID_LENGTH:
             raise Refusal(f"'{whole_id}' is no whole id: it has {names.ID_LENGTH} hex digits")
-        return select.select(self._store, self._store.find(self._name), id_prefix=whole_id, tag=tag)
+
+        async def look() -> SnapshotEntry:
+            record = self._store.find(self._name)
+            return select.select(self._store, record, id_prefix=whole_id, tag=tag)
+
+        return await self._work.begin(look()).ended
 
     # --- jobs ----------------------------------------------------------------------------------
 
-    async def _begin(self, what: "_Begun", operation: _Operation) -> dict[str, Any]:
+    async def _begin(self, asked: _Asked, operation: _Operation) -> dict[str, Any]:
         """Begin an operation as a job; returns when the phase has begun that it is answered at.
 
         Raises:
@@ -237,25 +242,25 @@ class Own:
             loop.call_soon_threadsafe(note, phase, done_bytes, expected_bytes)
 
         def note(phase: str, done_bytes: int, expected_bytes: int) -> None:
-            if phase == what.answered_at and not begun.done():
+            if phase == asked.answered_at and not begun.done():
                 begun.set_result(None)
             job.done_bytes = max(job.done_bytes, done_bytes)
             job.expected_bytes = max(job.expected_bytes, expected_bytes)
 
-        with self._jobs.reserved(what.job):
-            if what.job in await self._others_jobs():
-                raise Refusal(f"Job ID '{what.job}' already in use")
+        with self._jobs.reserved(asked.job):
+            if asked.job in await self._others_jobs():
+                raise in_use(asked.job)
             work = self._work.begin(operation(progress))
-            can_be_undone = what.event != "DELETED"
-            job = Job(what.job, what.kind, work.cancel if can_be_undone else None)
+            cancel = work.cancel if asked.kind.can_be_undone else None
+            job = Job(asked.job, asked.kind.type, cancel)
             await asyncio.wait({work.ended, begun}, return_when=asyncio.FIRST_COMPLETED)
         if not begun.done():
             await work.ended  # which says why
         self._jobs.add(job)
-        work.ended.add_done_callback(lambda ended: self._ended(job, what, ended))
+        work.ended.add_done_callback(lambda ended: self._ended(job, asked, ended))
         return {}
 
-    def _ended(self, job: Job, what: "_Begun", work: "asyncio.Future[Done]") -> None:
+    def _ended(self, job: Job, asked: _Asked, work: "asyncio.Future[Done]") -> None:
         error = work.exception()
         if error is None:
             done = work.result()
@@ -263,162 +268,12 @@ class Own:
             if done.pause_ms is not None:
                 told["pause-ms"] = done.pause_ms
             self._jobs.conclude(job)
-            self._tell(f"SYSTEM_SNAPSHOT_{what.event}", told)
+            self._tell(asked.kind.event, told)
             return
-        reason = _words(error)
+        reason = words(error)
         is_undone = not getattr(error, "__notes__", ())
         self._jobs.conclude(job, reason)
-        failed = {"job-id": job.name, "tag": what.tag, "reason": reason, "undone": is_undone}
-        failed |= {"id": what.snapshot} if what.snapshot else {}
+        known = {"id": asked.snapshot, "tag": asked.tag}
+        named = {name: value for name, value in known.items() if value}
+        failed = {"job-id": job.name, **named, "reason": reason, "undone": is_undone}
         self._tell("SYSTEM_SNAPSHOT_FAILED", failed)
-
-
-# --- what is asked, and what is told --------------------------------------------------------------
-
-
-def split(arguments: Mapping[str, Any]) -> tuple[int, tuple[dict[str, Any], ...]]:
-    """The place of our action in a transaction, and all others, as they were given.
-
-    Raises:
-        Refusal: There are two of ours, or what is there beside is none that QEMU would take.
-    """
-    for unexpected in sorted(arguments.keys() - {"actions", "properties"}):
-        raise Refusal(f"Parameter '{unexpected}' is unexpected")
-    if not isinstance(arguments.get("properties", {}), dict):
-        raise Refusal("Invalid parameter type for 'properties', expected: object")
-    actions = arguments["actions"]
-    for place, action in enumerate(actions):
-        _check_action(f"actions[{place}]", action)
-    places = [place for place, each in enumerate(actions) if each["type"] in commands.ACTIONS]
-    if len(places) > 1:
-        raise Refusal("a transaction has one machine state: machine-state-save is there twice")
-    return places[0], tuple(each for each in actions if each["type"] not in commands.ACTIONS)
-
-
-def _check_action(at: str, action: Any) -> None:
-    """Refuse an action that is no object of a type and its data, in QEMU's words."""
-    if not isinstance(action, dict):
-        raise Refusal(f"Invalid parameter type for '{at}', expected: object")
-    if "type" not in action:
-        raise Refusal(f"Parameter '{at}.type' is missing")
-    if not isinstance(action["type"], str):
-        raise Refusal(f"Invalid parameter type for '{at}.type', expected: string")
-    if "data" not in action:
-        raise Refusal(f"Parameter '{at}.data' is missing")
-    if not isinstance(action["data"], dict):
-        raise Refusal(f"Invalid parameter type for '{at}.data', expected: object")
-
-
-def take_request(
-    asked: commands.SaveOptions,
-    destination: vocabulary.MachineStateDestination,
-    storage: Sequence[vocabulary.StorageSnapshotSpec],
-) -> TakeRequest:
-    """What a save, or a plan of one, is asked for.
-
-    Raises:
-        Refusal: It cannot be kept, or is none that can be carried out.
-        CalotypeError: The tag or the description cannot be kept.
-    """
-    names.check_description(asked.description or "")
-    if asked.on_conflict == "replace":
-        raise unserved("replace")
-    if isinstance(destination, vocabulary.MachineStateInternal):
-        raise unserved("internal")
-    if isinstance(destination, vocabulary.MachineStateImage):
-        raise unserved("image")
-    if not LEAST_PAUSE_LIMIT_MS <= asked.pause_limit_ms < float("inf"):
-        raise Refusal("Parameter 'pause-limit-ms' is to be at least 1, and finite")
-    kinds: dict[str, Any] = {}
-    for spec in storage:
-        if spec.node_name in kinds:
-            raise Refusal(f"Parameter 'storage' names '{spec.node_name}' twice")
-        kinds[spec.node_name] = spec.kind
-    return TakeRequest(
-        "none" if isinstance(destination, vocabulary.MachineStateNone) else "external",
-        asked.method,
-        asked.pause_limit_ms,
-        kinds,
-    )
-
-
-def planned(
-    destination: vocabulary.MachineStateDestination, plan: TakePlan
-) -> vocabulary.SystemSnapshotPlan:
-    """A plan, as a client is told of it, with the destination that was asked for."""
-    return vocabulary.SystemSnapshotPlan(
-        id=plan.snapshot,
-        machine_state=destination,
-        method="live" if plan.method == "live-storage-first" else plan.method,
-        method_reason=plan.method_reason,
-        disks=tuple(
-            vocabulary.DiskPlan(
-                disk=disk.disk,
-                kind=disk.kind,
-                reason=disk.reason,
-                overlay=disk.overlay or None,
-                pause_ms=disk.pause_ms,
-            )
-            for disk in plan.disks
-        ),
-        pause_ms=plan.estimate.pause_ms,
-        bytes=plan.estimate.bytes,
-        blockers=tuple(
-            vocabulary.SnapshotBlocker(problem=each.problem, remedy=each.remedy)
-            for each in plan.blockers
-        ),
-        warnings=plan.warnings,
-    )
-
-
-def info(manifest: Manifest, folder: str) -> vocabulary.SystemSnapshotInfo:
-    """A snapshot, as a client is told of it.
-
-    Args:
-        manifest: The snapshot.
-        folder: Where its own files are.
-    """
-    state = manifest.machine_state
-    return vocabulary.SystemSnapshotInfo(
-        id=manifest.id,
-        tag=manifest.tag,
-        description=manifest.description,
-        instant=manifest.instant,
-        parent=manifest.parent,
-        run_state=manifest.run_state,
-        method=manifest.method,
-        machine_state=None
-        if state is None
-        else vocabulary.MachineStateInfo(
-            type="external", file=f"{folder}/{state.file}", bytes=state.identity.size_bytes
-        ),
-        storage=tuple(
-            vocabulary.StorageSnapshotInfo(
-                disk=part.disk, kind=part.kind, image=part.image.path if part.image else None
-            )
-            for part in manifest.storage
-        ),
-        is_foreign=False,
-        is_whole=state is not None and all(part.kind != "skip" for part in manifest.storage),
-    )
-
-
-def unserved(name: str) -> Refusal:
-    """Why something that is declared is not carried out."""
-    return Refusal(f"'{name}' is not served yet: {commands.UNSERVED[name]}")
-
-
-def _words(error: BaseException) -> str:
-    """An error in one line: what is wrong, what could not be undone, what to do."""
-    if isinstance(error, Cancelled):
-        return "; ".join((CANCELLED, *getattr(error, "__notes__", ())))
-    if not isinstance(error, CalotypeError):
-        return f"a fault in Calotype itself: {type(error).__name__}: {error}"
-    return "; ".join(_parts(error))
-
-
-def _parts(error: CalotypeError) -> Iterator[str]:
-    yield error.problem
-    yield from getattr(error, "__notes__", ())
-    if error.remedy:
-        yield error.remedy

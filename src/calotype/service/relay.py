@@ -26,6 +26,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from calotype.qmp.client import Client, Event, Greeting, Refused, Returned, Unreadable
 from calotype.qmp.decoder import Limits
 from calotype.qmp.server import OUT_OF_BAND, Answer, Command, Server
@@ -333,7 +335,7 @@ class Relay:
         merge = self._merges.get(command.name)
         if merge is None:
             return peer.session.answer_raw(command, message.raw)
-        return peer.session.answer(command, merge(message.value()))
+        return peer.session.answer_raw(command, msgspec.json.encode(merge(message.value())))
 
 
 def negotiation(session: Client, greeting: Mapping[str, Any]) -> bytes:

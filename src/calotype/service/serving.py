@@ -25,10 +25,12 @@ from calotype.qemu import monitor as qmp
 from calotype.qmp import commands, introspection
 from calotype.qmp.client import Client, Greeting, Message, Refused, Returned
 from calotype.qmp.server import Command, Refusal
+from calotype.qmp.visiting import visit
 from calotype.service.channel import Channel
-from calotype.service.jobs import Jobs, named_job
+from calotype.service.jobs import Jobs, OneJob, in_use, named_job
 from calotype.service.own import Own, is_ours
 from calotype.service.relay import Peer, Relay, negotiation
+from calotype.service.translating import words
 from calotype.service.work import Work
 from calotype.store.store import Store
 
@@ -138,60 +140,68 @@ class Upstream:
         self.gone.set()
 
 
+async def reach(path: Path) -> tuple[Upstream, dict[str, Any]]:
+    """Connect to QEMU's monitor at *path*, and leave the negotiation; also what it said first.
+
+    Raises:
+        ConflictError: Somebody else is connected to the monitor, or QEMU has a command of a name of
+            ours.
+        QemuError: Nobody answers there.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(GREETING_TIMEOUT_S):
+                upstream = Upstream(await qmp.opened(path))
+                stack.callback(upstream.channel.close)
+                greeting, named = await upstream.negotiate()
+        except TimeoutError as error:
+            raise qmp.silent(path, GREETING_TIMEOUT_S) from error
+        except OSError as error:
+            raise QemuError(
+                f"no QEMU answers on {path}: {error.strerror}", qmp.LAST_WORDS
+            ) from error
+        if rivals := sorted(named & commands.COMMANDS.keys()):
+            raise ConflictError(
+                f"this QEMU has a command {rivals[0]!r} of its own", "use it without the service"
+            )
+        stack.pop_all()
+    return upstream, greeting
+
+
 class Service:
     """Clients in front of one QEMU.
 
     Args:
-        upstream: The monitor, where it is no VM's of the store.
-        vm: The VM, where it is one's.
+        upstream: The connection to it.
+        greeting: What it said first.
+        vm: The VM of the store that it runs; None: only QEMU's own commands are served.
         work: Where operations run.
     """
 
-    def __init__(self, upstream: Path, vm: Vm | None, work: Work) -> None:
-        self._upstream_path = upstream
+    def __init__(
+        self, upstream: Upstream, greeting: dict[str, Any], vm: Vm | None, work: Work
+    ) -> None:
+        self._upstream = upstream
         self._vm = vm
+        self._relay = Relay(_greeting(greeting), self._is_own, self._merges())
         self._jobs = Jobs(self._tell)
         self._own = (
             None
             if vm is None
             else Own(vm.store, vm.record.name, work, self._jobs, self._tell, self._qemus_jobs)
         )
-        self._relay: Relay | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._nobody = asyncio.Event()
         """No client is connected."""
         self._nobody.set()
-
-    async def connect(self) -> Upstream:
-        """Reach QEMU.
-
-        Raises:
-            ConflictError: Somebody else is connected to the monitor, or QEMU has a command of a
-                name of ours.
-            QemuError: Nobody answers there.
-        """
-        try:
-            async with asyncio.timeout(GREETING_TIMEOUT_S):
-                upstream = Upstream(await qmp.opened(self._upstream_path))
-                greeting, named = await upstream.negotiate()
-        except TimeoutError as error:
-            raise qmp.silent(self._upstream_path, GREETING_TIMEOUT_S) from error
-        except OSError as error:
-            raise QemuError(
-                f"no QEMU answers on {self._upstream_path}: {error.strerror}", qmp.LAST_WORDS
-            ) from error
-        if rivals := sorted(named & commands.COMMANDS.keys()):
-            raise ConflictError(
-                f"this QEMU has a command {rivals[0]!r} of its own", "use it without the service"
-            )
-        if self._relay is None:
-            self._relay = Relay(_greeting(greeting), self._is_own, self._merges())
         upstream.hand_to(self._relay)
-        return upstream
+
+    def close(self) -> None:
+        """Hang up on QEMU."""
+        self._upstream.channel.close()
 
     def join(self, connection: socket.socket) -> None:
         """A client has connected."""
-        assert self._relay is not None
         relay = self._relay
 
         def heard(data: bytes, descriptors: list[int]) -> None:
@@ -211,15 +221,15 @@ class Service:
         relay.greet(peer)
         self._nobody.clear()
 
-    async def run(self, upstream: Upstream) -> None:
+    async def run(self) -> None:
         """Serve until there is no QEMU any more."""
-        assert self._relay is not None
         while True:
-            await upstream.gone.wait()
+            await self._upstream.gone.wait()
             self._relay.qemu_gone()
             if self._vm is None or not await self._vm.successor():
                 break
-            upstream = await self.connect()
+            self._upstream, _ = await reach(self._vm.upstream)
+            self._upstream.hand_to(self._relay)
             self._relay.ask("query-status", self._tell_run_state)
         if not self._relay.said_shutdown:
             self._tell("SHUTDOWN", {"guest": False, "reason": "host-error"})
@@ -235,7 +245,6 @@ class Service:
 
     async def _qemus_jobs(self) -> frozenset[str]:
         """The names of the jobs that QEMU has."""
-        assert self._relay is not None
         told: asyncio.Future[Returned | Refused] = asyncio.get_running_loop().create_future()
         self._relay.ask("query-jobs", told.set_result)
         message = await told
@@ -261,21 +270,20 @@ class Service:
         return isinstance(name, str) and name in self._jobs
 
     async def _carry_out(self, peer: Peer, command: Command, job: str | None) -> None:
-        assert self._relay is not None
         try:
             value = await self._value(command, job)
             line = peer.session.answer_raw(command, msgspec.json.encode(value))
         except Refusal as refusal:
             line = peer.session.refuse(command, refusal.kind, str(refusal))
+        except Exception as error:  # noqa: BLE001 - a client waits, whatever went wrong
+            line = peer.session.refuse(command, "GenericError", words(error))
         self._relay.answer(peer, command, line)
 
     async def _value(self, command: Command, job: str | None) -> Any:
         if not is_ours(command) and self._takes_name(command):
-            raise Refusal(f"Job ID '{command.arguments['job-id']}' already in use")
+            raise in_use(command.arguments["job-id"])
         if job is not None:
-            for unexpected in sorted(command.arguments.keys() - {"id"}):
-                raise Refusal(f"Parameter '{unexpected}' is unexpected")
-            self._jobs.apply(command.name, job)
+            self._jobs.apply(command.name, visit(OneJob, command.arguments).id)
             return {}
         if self._own is None:
             raise Refusal(_NO_VM)
@@ -294,8 +302,7 @@ class Service:
         }
 
     def _tell(self, event: str, data: Mapping[str, Any]) -> None:
-        if self._relay is not None:
-            self._relay.tell(event, data, time.time_ns() // 1000)
+        self._relay.tell(event, data, time.time_ns() // 1000)
 
 
 def _greeting(said: dict[str, Any]) -> dict[str, Any]:
@@ -329,8 +336,7 @@ async def serving(
         ConflictError: Somebody else is connected to the monitor.
         QemuError: Nobody answers there.
     """
-    service = Service(upstream, vm, work)
-    reached = await service.connect()
+    service = Service(*await reach(upstream), vm, work)
     loop = asyncio.get_running_loop()
     listener.setblocking(False)
 
@@ -350,11 +356,11 @@ async def serving(
             loop.add_reader(listener, accept)
 
     listen()
-    running = loop.create_task(service.run(reached))
+    running = loop.create_task(service.run())
     try:
         yield running
     finally:
         loop.remove_reader(listener)
         running.cancel()
-        reached.channel.close()
+        service.close()
         await asyncio.gather(running, return_exceptions=True)

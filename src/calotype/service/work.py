@@ -7,7 +7,7 @@ these waits would be everybody's. So there is a second loop, in a thread.
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Generic, Self, TypeVar
 
 Result = TypeVar("Result")
@@ -22,13 +22,26 @@ class Running(Generic[Result]):
 
     Args:
         ended: Done when the operation really has ended, its undo included; in the caller's loop.
-        cancel: Asks it to end; `ended` fails with `Cancelled` once it has undone what
-            it had begun.
+        there: The other loop.
     """
 
-    def __init__(self, ended: "asyncio.Future[Result]", cancel: Callable[[], object]) -> None:
+    def __init__(self, ended: "asyncio.Future[Result]", there: asyncio.AbstractEventLoop) -> None:
         self.ended = ended
-        self.cancel = cancel
+        self._there = there
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Start it; called in the other loop."""
+        self._task = self._there.create_task(work)
+        return self._task
+
+    def cancel(self) -> None:
+        """Ask it to end; `ended` fails with `Cancelled` once it has undone what it had begun."""
+        self._there.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        assert self._task is not None, "it was started before, by a call of the same queue"
+        self._task.cancel()
 
 
 class Work:
@@ -51,7 +64,7 @@ class Work:
         self._loop.close()
 
     def begin(self, operation: Coroutine[Any, Any, Result]) -> Running[Result]:
-        """Begin an operation."""
+        """Begin an operation, as soon as the other loop is free; nothing is waited for here."""
         here = asyncio.get_running_loop()
         ended: asyncio.Future[Result] = here.create_future()
 
@@ -68,14 +81,20 @@ class Work:
             else:
                 here.call_soon_threadsafe(ended.set_result, result)
 
-        async def started() -> asyncio.Task[None]:
-            task = asyncio.create_task(run())
-            self._operations.add(task)
-            task.add_done_callback(self._operations.discard)
-            return task
+        def over(task: asyncio.Task[None]) -> None:
+            self._operations.discard(task)
+            if task.cancelled():  # before its first step
+                operation.close()
+                here.call_soon_threadsafe(ended.set_exception, Cancelled())
 
-        task = asyncio.run_coroutine_threadsafe(started(), self._loop).result()
-        return Running(ended, lambda: self._loop.call_soon_threadsafe(task.cancel))
+        def start() -> None:
+            task = running.start(run())
+            self._operations.add(task)
+            task.add_done_callback(over)
+
+        running = Running(ended, self._loop)
+        self._loop.call_soon_threadsafe(start)
+        return running
 
     async def _wind_up(self) -> None:
         """Cancel the operations alone: what they have begun of their own, such as an undo, goes on.

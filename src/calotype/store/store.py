@@ -9,7 +9,7 @@
             record.json                 the definition, and which images hold the newest content
             process.json                the QEMU that runs it, if one does
             lock                        held by the one operation that changes this VM
-            control.sock query.sock console.sock
+            control.sock query.sock guard.sock service.sock console.sock
             qemu.log console.log
             journal/ID.jsonl            an operation under way, or cut off (store/journal.py)
             history/ID.jsonl            one that has ended

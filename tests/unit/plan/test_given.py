@@ -138,7 +138,10 @@ def test_a_node_that_no_action_names_is_in_the_way_still() -> None:
     ("action", "command"),
     [
         (BITMAP, ("block-dirty-bitmap-remove", {"node": "#block0", "name": "b"})),
-        ({"type": "blockdev-backup", "data": {"job-id": "j"}}, ("job-cancel", {"id": "j"})),
+        (
+            {"type": "blockdev-backup", "data": {"job-id": "j"}},
+            ("block-job-cancel", {"device": "j"}),
+        ),
         ({"type": "blockdev-backup", "data": {"device": "d"}}, None),
         ({"type": "block-dirty-bitmap-clear", "data": {"node": "n", "name": "b"}}, None),
         ({"type": "abort", "data": {}}, None),

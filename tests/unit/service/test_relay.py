@@ -190,6 +190,28 @@ def test_in_the_end_what_waits_is_refused_and_all_are_hung_up_on(scene: Scene) -
     assert line.ends == 1
 
 
+def test_that_one_qemu_said_goodbye_is_not_held_for_the_next_one_having_done_so(
+    scene: Scene,
+) -> None:
+    event = {"event": "SHUTDOWN", "timestamp": {"seconds": 1, "microseconds": 2}}
+    scene.relay.qemu_said(json.dumps(event).encode() + b"\n")
+    assert scene.relay.said_shutdown
+    scene.relay.qemu_gone()
+    scene.reach()
+    assert not scene.relay.said_shutdown
+
+
+def test_what_is_asked_of_ours_is_answered_also_when_qemu_goes_away(scene: Scene) -> None:
+    told: list[Any] = []
+    scene.relay.ask("query-jobs", told.append)
+    (sent,) = scene.qemu.told()
+    scene.answer(sent["id"], **{"return": []})
+    scene.relay.ask("query-jobs", told.append)
+    scene.relay.qemu_gone()
+    scene.relay.ask("query-jobs", told.append)
+    assert [type(each).__name__ for each in told] == ["Returned", "Refused", "Refused"]
+
+
 def test_events_reach_those_who_have_negotiated(scene: Scene) -> None:
     _, line = scene.client()
     silent = Line()
