@@ -260,7 +260,7 @@ def test_a_name_that_an_image_has_already_is_refused_and_stays(machine: Machine,
 # --- with a guest that would notice ---------------------------------------------------------------
 
 
-def transact(vm: Any, qmp: Qmp) -> None:
+def transact(vm: Any, qmp: Qmp, *more: Action) -> None:
     sync = qemus(
         "blockdev-snapshot-sync",
         device="virtio1",
@@ -268,7 +268,7 @@ def transact(vm: Any, qmp: Qmp) -> None:
         snapshot_node_name="mine",
     )
     inside = qemus("blockdev-snapshot-internal-sync", device="virtio0", name="inside")
-    qmp.ask("transaction", actions=[inside, ours(), sync])
+    qmp.ask("transaction", actions=[inside, *more, ours(), sync])
 
 
 def test_a_witness_that_was_saved_by_a_transaction_is_consistent(boot: Boot) -> None:
@@ -287,10 +287,14 @@ def test_a_witness_that_was_saved_by_a_transaction_is_consistent(boot: Boot) -> 
 
 
 def test_a_save_that_fails_later_undoes_the_storage_and_says_so(boot: Boot) -> None:
-    vm = boot()
+    vm = boot(disks=("zero.qcow2", "one.raw", "two.qcow2"))
     with client_of(vm) as qmp:
+        node, target = node_of(qmp, "virtio2"), open_target(vm, qmp)
+        backup = qemus("blockdev-backup", job_id="copy", device=node, target=target, sync="none")
+        bitmap = qemus("block-dirty-bitmap-add", node=node, name="b")
         before = before_and_after(vm, qmp)
-        transact(vm, qmp)
+        transact(vm, qmp, bitmap, backup)
+        assert "copy" in [job["id"] for job in qmp.ask("query-jobs")]
         qmp.ask("job-cancel", id="save")
         failed = qmp.await_event("SYSTEM_SNAPSHOT_FAILED")
         assert failed["undone"] is True

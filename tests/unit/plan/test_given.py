@@ -19,6 +19,7 @@ from calotype.plan.steps import (
 )
 from calotype.plan.take import plan_take
 from calotype.plan.take_plan import TakePlan, TakeRequest, Transaction
+from calotype.plan.window import Command, Window
 
 Action = dict[str, Any]
 EMPTY = LooseNode("mine", "qcow2", "/vm/mine.qcow2", "/vm/disk0.qcow2")
@@ -69,6 +70,22 @@ def test_the_actions_stay_in_their_order_and_as_they_were() -> None:
     node = {"node": "#block0", "overlay": "mine"}
     assert sent == [BITMAP, INSIDE, {"type": "blockdev-snapshot", "data": node}]
     assert instant(plan).properties == {"completion-mode": "grouped"}
+
+
+def test_the_properties_go_with_the_actions_and_none_where_there_are_none() -> None:
+    for properties, sent in (({"completion-mode": "grouped"}, True), ({}, False)):
+        window = Window(
+            "storage-only",
+            was_running=True,
+            migrate={},
+            actions=[BITMAP],
+            limit_ms=1.0,
+            properties=properties,
+        )
+        (command,) = window.begin()
+        assert isinstance(command, Command)
+        assert command.arguments["actions"] == [BITMAP]
+        assert ("properties" in command.arguments) == sent
 
 
 def test_an_overlay_that_qemu_would_make_in_the_pause_is_made_before() -> None:
