@@ -251,6 +251,21 @@ def test_descriptors_go_with_their_command_and_one_at_a_time(scene: Scene) -> No
     assert scene.qemu.descriptors == [given]
 
 
+def test_a_descriptor_is_taken_once_by_the_command_that_it_came_with(scene: Scene) -> None:
+    peer, _ = scene.client()
+    first, second = os.open(os.devnull, os.O_RDONLY), os.open(os.devnull, os.O_RDONLY)
+    scene.relay.heard(peer, b'{"execute": "getfd", "id": 1}', [first])
+    scene.relay.heard(peer, b'{"execute": "getfd", "id": 2}', [second])
+    scene.relay.heard(peer, b'{"execute": "getfd", "id": 3}', [])
+    passed = []
+    for _ in range(3):
+        (sent,) = scene.qemu.told()
+        passed.append(list(scene.qemu.descriptors))
+        scene.qemu.descriptors.clear()
+        scene.answer(sent["id"])
+    assert passed == [[first], [second], []]
+
+
 def test_a_descriptor_that_a_refused_command_left_is_taken_away(scene: Scene) -> None:
     (one, one_line), (two, _) = scene.client(), scene.client()
     given = os.open(os.devnull, os.O_RDONLY)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from calotype.qemu.cancelling import shielded
 from calotype.service.work import Cancelled, Work
 
 
@@ -69,24 +70,25 @@ async def test_one_that_is_cancelled_ends_when_it_has_undone_what_it_had_begun(w
     assert raised.value.__notes__ == ["a part could not be undone"]
 
 
-async def test_the_end_waits_for_the_undo_and_leaves_it_alone() -> None:
-    """What an operation shields from its own cancellation is not cancelled by the end either."""
-    begun, undone = threading.Event(), threading.Event()
+async def test_the_end_waits_for_an_undo_that_is_under_way_and_leaves_it_alone() -> None:
+    begun, undoing, undone = (threading.Event() for _ in range(3))
 
     async def undo() -> None:
-        await asyncio.sleep(0.05)
+        undoing.set()
+        await asyncio.sleep(0.1)
         undone.set()
 
     async def operation() -> None:
         try:
             begun.set()
             await asyncio.sleep(3600)
-        finally:
-            task = asyncio.ensure_future(undo())
-            while not task.done():
-                await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await shielded(undo())
+            raise
 
     with Work() as work:
-        work.begin(operation())
+        running = work.begin(operation())
         await asyncio.to_thread(begun.wait)
+        running.cancel()
+        await asyncio.to_thread(undoing.wait)
     assert undone.is_set()
