@@ -87,6 +87,8 @@ class LoadArguments(QmpStruct, frozen=True, kw_only=True):
 class DeleteArguments(QmpStruct, frozen=True, kw_only=True):
     """Delete a system snapshot, as a job; those that stand on it stay whole.
 
+    The job cannot be cancelled: nothing of a delete is ever undone.
+
     Exactly one of `tag` and `id`.
     """
 

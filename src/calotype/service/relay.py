@@ -1,7 +1,7 @@
 """The relay: any number of clients in front of one QEMU; who said what, whose turn, whose answer.
 
-No I/O happens here: lines come in by `heard` and `qemu_said`, and go out through what a client or
-QEMU is reached by (`Line`).
+No I/O happens here, but that a descriptor which nobody takes is closed: lines come in by `heard`
+and `qemu_said`, and go out through what a client or QEMU is reached by (`Line`).
 
 **Turns.** QEMU answers a client's commands one after the other, so each client has one command
 under way, and the rest waits in its queue. That is fair besides: who sends ten thousand commands at
